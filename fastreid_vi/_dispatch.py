@@ -1,0 +1,195 @@
+"""Which room computes an op, and why: the only file that knows backends.
+
+    torch.ops.fastreid_vi.<op>   schema, fake, autograd, autocast
+      CPU or CUDA key -> Op      asks `why_not` of one backend after another, first without a reason wins
+        reference                Python, in ops/<family>.py
+        cpu, cuda                torch.ops.fastreid_vi_native.<op>, from the compiled library _C
+        triton                   fastreid_vi.kernels.<family>.<op>
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from fastreid_vi import _backend
+
+NAMESPACE: Final = "fastreid_vi"
+NATIVE: Final = "fastreid_vi_native"
+ORDER: Final = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_KEY: Final = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _load_native() -> str | None:
+    """Load the compiled rooms; the reason when that is not possible."""
+    if importlib.util.find_spec("fastreid_vi._C") is None:
+        return "the C++ extension _C was not built"
+    try:
+        importlib.import_module("fastreid_vi._C")
+    except ImportError as error:
+        return f"the C++ extension _C does not load: {error}"
+    return None
+
+
+native_missing: Final = _load_native()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_values(tensor: torch.Tensor) -> bool:
+    """Whether checks that read the data run: always on CPU, on CUDA only when asked for (they wait)."""
+    return tensor.device.type == "cpu" or os.environ.get("FASTREID_VI_CHECK_VALUES") == "1"
+
+
+@dataclass
+class Op:
+    """One op and its rooms."""
+
+    name: str
+    family: str
+    reference: Callable[..., Any]
+    backends: tuple[str, ...]
+    refuses: Callable[..., str | None]
+    _found: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
+
+    def _find(self, backend: str) -> Callable[..., Any] | str:
+        """The room's function, or the reason why this build has none."""
+        if backend == "reference":
+            return self.reference
+        if backend not in self.backends:
+            return f"{self.name} has no {backend} room"
+        if backend == "triton":
+            if importlib.util.find_spec("triton") is None:
+                return "Triton is not installed"
+            module = importlib.import_module(f"fastreid_vi.kernels.{self.family}")
+            found: Callable[..., Any] = getattr(module, self.name)
+            return found
+        if native_missing:
+            return native_missing
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{NATIVE}::{self.name}", _KEY[backend]
+        ):
+            return f"the C++ extension was built without {backend} code for {self.name}"
+        native: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), self.name).default
+        return native
+
+    def room(self, backend: str) -> Callable[..., Any] | str:
+        """`_find`, remembered."""
+        if backend not in self._found:
+            self._found[backend] = self._find(backend)
+        return self._found[backend]
+
+    def why_not(self, backend: str, *args: Any) -> str | None:
+        """Why this backend cannot compute these arguments; None when it can."""
+        device = _device(args)
+        if backend in _KEY and backend != device:
+            return f"{backend} rooms do not take {device} tensors"
+        if backend == "triton" and device == "cpu" and not interpreting():
+            return "Triton takes CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+        found = self.room(backend)
+        if isinstance(found, str):
+            return found
+        return None if backend == "reference" else self.refuses(backend, *args)
+
+    def choose(self, *args: Any) -> str:
+        """The backend that computes these arguments."""
+        forced = _backend.forced()
+        if forced is not None and (forced == "reference" or forced in self.backends):
+            if reason := self.why_not(forced, *args):
+                raise RuntimeError(
+                    f"{self.name}: backend {forced!r} was asked for but cannot run: {reason}"
+                )
+            return forced
+        return next(b for b in ORDER[_device(args)] if self.why_not(b, *args) is None)
+
+    def __call__(self, *args: Any) -> Any:
+        """Compute by the chosen room."""
+        found = self.room(self.choose(*args))
+        assert not isinstance(found, str)  # `choose` never returns a room that is missing
+        return found(*args)
+
+
+OPS: Final[dict[str, Op]] = {}
+
+
+def _device(args: Sequence[Any]) -> str:
+    return next(a.device.type for a in args if isinstance(a, torch.Tensor))
+
+
+def _runs_everywhere(backend: str, *args: Any) -> str | None:
+    return None
+
+
+def _once_only(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("fastreid_vi ops have first-order gradients only; no double backward")
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backends: tuple[str, ...] = (),
+    refuses: Callable[..., str | None] = _runs_everywhere,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: torch.dtype | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register an op with `torch.library` and this table.
+
+    Args:
+        name: op name, the same in every room.
+        schema: arguments and results in the language of `torch.library.define`.
+        reference: plain PyTorch; the definition.
+        fake: shapes, dtypes and strides of the results.
+        backends: rooms beside `reference`.
+        refuses: `refuses(backend, *args)` gives the reason why a room cannot take these arguments.
+        setup_context, backward: gradient, as for `torch.library.register_autograd`. Without `backward` the
+            op refuses to be differentiated.
+        autocast: floating-point arguments are cast to this dtype under autocast.
+        vmap: rule for `torch.library.register_vmap`.
+    Returns:
+        The overload, to call from the public function.
+    """
+    op = OPS[name] = Op(name, reference.__module__.rsplit(".", 1)[-1], reference, backends, refuses)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    for device in ORDER:
+        torch.library.impl(qualified, device, op)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(
+        qualified, backward or _once_only, setup_context=setup_context if backward else None
+    )
+    if autocast is not None:
+        for device in ORDER:
+            torch.library.register_autocast(qualified, device, autocast)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap)
+    overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What is built: op -> backend -> "built", or the reason why this process does not have it.
+
+    >>> import fastreid_vi
+    >>> fastreid_vi.backends()["gem_pool"]["reference"]
+    'built'
+    """
+    importlib.import_module("fastreid_vi.ops")  # fills the table
+    table = {}
+    for name, op in OPS.items():
+        rooms = {b: op.room(b) for b in ("reference", "cpu", "triton", "cuda")}
+        table[name] = {b: r if isinstance(r, str) else "built" for b, r in rooms.items()}
+    return table

@@ -1,0 +1,24 @@
+"""Fused, differentiable ops for visible-infrared re-identification."""
+
+from fastreid_vi.ops.distance import pairwise_distance
+from fastreid_vi.ops.norm import modality_alleviation
+from fastreid_vi.ops.pool import PatternPool, gem_pool, map_separation_loss, pattern_pool
+from fastreid_vi.ops.triplet import (
+    CenterCluster,
+    TripletLoss,
+    batch_hard_triplet_loss,
+    center_cluster_loss,
+)
+
+__all__ = [
+    "CenterCluster",
+    "PatternPool",
+    "TripletLoss",
+    "batch_hard_triplet_loss",
+    "center_cluster_loss",
+    "gem_pool",
+    "map_separation_loss",
+    "modality_alleviation",
+    "pairwise_distance",
+    "pattern_pool",
+]

@@ -1,0 +1,29 @@
+"""What can stop a training run: one clear line each, and the exit code the command line gives it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+
+class TrainError(RuntimeError):
+    """Training cannot start or go on; the message is one line that says why."""
+
+    exit_code = 1
+
+
+class CheckpointError(TrainError):
+    """A checkpoint cannot be written or read, or belongs to another method, class count or recipe."""
+
+
+class Interrupted(TrainError):
+    """A signal ended the run after a whole step; the checkpoint named in the message is good."""
+
+    def __init__(self, signum: int, step: int, checkpoint: Path | None, hint: str) -> None:
+        name = signal.Signals(signum).name
+        kept = f"checkpoint {checkpoint}" if checkpoint is not None else "no checkpoint yet"
+        super().__init__(f"stopped by {name} after step {step}; {kept}; resume with: {hint}")
+        self.exit_code = 128 + signum
+        self.signum = signum
+        self.step = step
+        self.checkpoint = checkpoint
