@@ -1,7 +1,7 @@
 """The report's figures: plain arrays in, a matplotlib figure out, fit for a paper as they are.
 
-`to_svg` makes a figure part of an HTML page: everything drawn in `INK` takes the page's text colour, so that one drawing
-is legible on light and dark ground.
+`to_svg` makes a figure part of an HTML page: everything drawn in `INK` takes the page's text
+colour, so that one drawing is legible on light and dark ground.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#0a0b0c"
-# Mid-tones that keep a contrast of 3:1 on white and on near-black, told apart by colour-blind readers.
+# Mid-tones with a contrast of 3:1 on white and on near-black, told apart by colour-blind readers.
 PALETTE = ("#2f81d6", "#d9742b", "#3a9b6e", "#a866c9", "#b8901f", "#c9536f")
 MUTED = "#808691"
 MATCH, WRONG = "#2da44e", "#d83a3a"
@@ -54,9 +54,7 @@ def _style() -> Iterator[Any]:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise MissingExtra(
-            "figures need matplotlib: pip install 'fastreid-vi[report]'"
-        ) from error
+        raise MissingExtra("figures need matplotlib: pip install 'fastreid-vi[report]'") from error
     style = {
         "font.family": "sans-serif",
         "font.size": 9.0,
@@ -127,7 +125,8 @@ def cmc_curves(settings: Mapping[str, Mapping[str, Curve]], *, chance: str = "ch
     with _style() as figure_class:
         axes, figure = _grid(figure_class, len(settings), columns=2, panel=(4.6, 2.7))
         for axis, (setting, curves) in zip(axes, settings.items(), strict=True):
-            for name, curve in curves.items():
+            # Chance last: the legend then lists the runs first.
+            for name, curve in sorted(curves.items(), key=lambda item: item[0] == chance):
                 dashed = name == chance
                 colour = MUTED if dashed else colours[name]
                 _draw(axis, curve, colour, name, 100.0, linestyle="--" if dashed else "-")
@@ -135,7 +134,7 @@ def cmc_curves(settings: Mapping[str, Mapping[str, Curve]], *, chance: str = "ch
             axis.set_xlabel("rank")
             axis.set_ylabel("matched within rank, %")
             axis.set_ylim(0, 101)
-            _whole_ticks(axis)
+            axis.set_xticks([1, 5, 10, 15, 20])
         _legend(figure, axes)
     return figure
 
@@ -151,12 +150,12 @@ def distance_histogram(
     Returns:
         A figure, two panels in a row.
     """
+    parts = [part for pair in distances.values() for part in pair]
+    low, high = min(part.min() for part in parts), max(part.max() for part in parts)
+    edges = np.linspace(low, high + 1e-6, bins + 1)  # common, so that runs can be compared
     with _style() as figure_class:
         axes, figure = _grid(figure_class, len(distances), columns=2, panel=(4.6, 2.5))
         for axis, (name, (same, different)) in zip(axes, distances.items(), strict=True):
-            edges = np.linspace(
-                min(same.min(), different.min()), max(same.max(), different.max()) + 1e-6, bins + 1
-            )
             for values, colour, label in (
                 (same, MATCH, "same person"),
                 (different, WRONG, "different persons"),
@@ -184,7 +183,7 @@ def tile_rows(rows: Sequence[Sequence[Tile]], *, height: float = 1.25) -> Figure
     """
     columns = max(len(row) for row in rows)
     with _style() as figure_class:
-        figure = figure_class(
+        figure: Figure = figure_class(
             figsize=(0.85 * columns, (height + 0.45) * len(rows)), layout="constrained"
         )
         grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -229,9 +228,11 @@ def overlay(
         )
         heat = np.clip(np.asarray(resized), 0.0, 1.0)[..., None]  # [H, W, 1]
         colour = colormaps["inferno"](heat[..., 0])[..., :3] * 255.0  # [H, W, 3]
-    grey = image.mean(axis=2, keepdims=True)
-    mixed = (1.0 - strength * heat) * (0.5 * grey + 0.5 * image) + strength * heat * colour
-    return np.clip(mixed, 0, 255).astype(np.uint8)
+    faded = 0.5 * image.mean(axis=2, keepdims=True) + 0.5 * image  # half grey: heat stands out
+    mixed: NDArray[np.uint8] = np.clip(
+        (1.0 - strength * heat) * faded + strength * heat * colour, 0, 255
+    ).astype(np.uint8)
+    return mixed
 
 
 def to_svg(figure: Figure, *, identifier: str, alt: str) -> str:
@@ -251,7 +252,7 @@ def to_svg(figure: Figure, *, identifier: str, alt: str) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Inline drawings share the page's name space: every id and every reference to one gets the prefix.
+    # Inline drawings share the page's name space: ids and references to them get the prefix.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{identifier}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     label = html.escape(alt, quote=True)
@@ -265,9 +266,7 @@ def _grid(
         raise ValueError("figure: expected at least one panel, got none")
     rows = -(-count // columns)
     # Always the full width: a lone panel keeps the size, and the text the scale, of its neighbours.
-    figure = figure_class(
-        figsize=(panel[0] * columns, panel[1] * rows + 0.3), layout="constrained"
-    )
+    figure = figure_class(figsize=(panel[0] * columns, panel[1] * rows + 0.3), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for empty in axes[count:]:
         empty.set_axis_off()

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastreid_vi import figures
-from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics, rank_metrics
+from fastreid_vi import _page, figures
+from fastreid_vi._page import Section
+from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics
 from fastreid_vi.figures import Curve, Tile
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from fastreid_vi.ranklists import distances, location, rank_list_section
 
 METRICS = ("R1", "R5", "R10", "R20", "mAP", "mINP")
-INFRARED_CAMERAS = (3, 6)
 HISTOGRAM_QUERIES = 500
 
 
@@ -35,7 +30,7 @@ class PatternMaps(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the page shows of one run; everything but the name may be missing, and its section with it."""
+    """What the page shows of one run; a missing part leaves its section out."""
 
     name: str
     """Name of the run in tables and legends."""
@@ -63,14 +58,6 @@ class RunRecord:
     """Folder that the embeddings' paths are relative to."""
     maps: PatternMaps | None = None
     """Pattern maps, for methods that have them."""
-
-
-class Section(NamedTuple):
-    """One block of the page."""
-
-    title: str
-    note: str
-    body: str
 
 
 def build_report(
@@ -105,18 +92,8 @@ def build_report(
     sections = [make(runs) for make in makers]
     sections += [rank_list_section(runs, queries=queries, top=top, seed=seed)]
     sections += [_histogram(runs, seed), _pattern_maps(runs)]
-    blocks = "\n".join(
-        f"<section><h2>{_text(s.title)}</h2><p class=note>{_text(s.note)}</p>{s.body}</section>"
-        for s in sections
-        if s is not None
-    )
-    cards = "".join(_card(run) for run in runs)
-    page = PAGE.format(
-        title=_text(title),
-        style=STYLE.replace("MATCH", figures.MATCH).replace("WRONG", figures.WRONG),
-        cards=cards,
-        sections=blocks,
-    )
+    cards = [_page.card(run.name, run.facts, run.commands) for run in runs]
+    page = _page.render(title, cards, [section for section in sections if section is not None])
     path = Path(path)
     # Written beside and renamed: an interrupted report never replaces a good one.
     partial = path.with_name(path.name + ".part")
@@ -135,86 +112,9 @@ def metric_values(metrics: RankMetrics) -> dict[str, float]:
 
 
 def setting_name(setting: str) -> str:
-    """"all/1" -> "all-search, single shot"."""
+    """ "all/1" -> "all-search, single shot"."""
     mode, shots = setting.split("/")
     return f"{mode}-search, " + ("single shot" if shots == "1" else f"{shots} shots")
-
-
-def pick_queries(
-    average_precision: NDArray[Any], valid: NDArray[np.bool_], count: int, seed: int
-) -> dict[str, list[int]]:
-    """Best, median and worst queries by average precision.
-
-    Args:
-        average_precision: [Q], or [runs, Q] whose mean over runs decides.
-        valid: [Q], queries with a match.
-        count: queries of each kind; fewer where there are not enough.
-        seed: orders ties.
-    Returns:
-        "best", "median", "worst" -> query rows, none twice.
-    """
-    score = np.atleast_2d(average_precision).mean(axis=0)
-    rows = np.random.default_rng(seed).permutation(np.flatnonzero(valid))
-    order = rows[np.argsort(-score[rows], kind="stable")]
-    count = min(count, len(order) // 3) or min(1, len(order))
-    middle = max(count, (len(order) - count) // 2)
-    kinds = {"best": order[:count], "median": order[middle : middle + count]}
-    kinds["worst"] = order[max(middle + count, len(order) - count) :]
-    return {kind: [int(row) for row in chosen] for kind, chosen in kinds.items() if len(chosen)}
-
-
-def rank_list(run: RunRecord, row: int, *, top: int = 10) -> list[Tile]:
-    """A query and its nearest gallery images, ascending cosine distance, as tiles.
-
-    Args:
-        run: a run with embeddings and `image_root`.
-        row: query row.
-        top: length of the list.
-    Returns:
-        The query's tile, then at most `top` gallery tiles, framed by whether the person matches.
-        Images taken at the query's own location are left out, as the protocol asks.
-    """
-    query, gallery, shown = _embeddings(run)
-    distance = _distances(query.features[row : row + 1], gallery.features[shown])[0]
-    keep = _location(gallery.cams[shown]) != _location(query.cams[row])
-    order = np.argsort(np.where(keep, distance, np.inf), kind="stable")[: min(top, keep.sum())]
-    person = int(query.ids[row])
-    tiles = [_tile(run, query, row, "query", None, person)]
-    for rank, index in enumerate(order, 1):
-        head = f"{rank}"
-        tiles.append(_tile(run, gallery, int(shown[index]), head, float(distance[index]), person))
-    return tiles
-
-
-def rank_list_section(
-    runs: Sequence[RunRecord], *, queries: int, top: int, seed: int
-) -> Section | None:
-    """Rank lists of the same queries under every run that embedded the same images."""
-    groups: dict[tuple[str, ...], list[RunRecord]] = {}
-    for run in runs:
-        if run.query is not None and run.gallery is not None:
-            groups.setdefault(tuple(map(str, run.query.paths)), []).append(run)
-    body = []
-    for group in groups.values():
-        scores = [_per_query(run) for run in group]
-        precision = np.stack([score[0] for score in scores])
-        for kind, rows in pick_queries(precision, scores[0][1], queries, seed).items():
-            body.append(f"<h3>{kind.capitalize()} queries</h3>")
-            for row in rows:
-                for run, score in zip(group, precision[:, row], strict=True):
-                    label = f"<b>{_text(run.name)}</b><br>AP {100 * score:.0f}&nbsp;%"
-                    body.append(_tile_row(rank_list(run, row, top=top), label))
-    if not body:
-        return None
-    first = next(iter(groups.values()))[0]
-    note = (
-        f"Sort order: ascending cosine distance, ties by gallery index; the {top} nearest. Gallery: "
-        f"{first.shown_name}, {len(_embeddings(first)[2])} images, without those taken at the query's own "
-        "location. Green frame and ✓: the same person; red frame and ✗: another. VIS is a visible, "
-        "IR an infrared image. Queries are the best, median and worst by average precision "
-        f"(mean over the runs shown), ties drawn with seed {seed}."
-    )
-    return Section("Rank lists", note, "".join(body))
 
 
 def _table(runs: Sequence[RunRecord]) -> Section | None:
@@ -224,7 +124,9 @@ def _table(runs: Sequence[RunRecord]) -> Section | None:
     head = "".join(f"<th scope=col>{name}</th>" for name in METRICS)
     rows = []
     for setting in settings:
-        rows.append(f"<tr class=group><th colspan={len(METRICS) + 1}>{setting_name(setting)}</th></tr>")
+        rows.append(
+            f"<tr class=group><th colspan={len(METRICS) + 1}>{setting_name(setting)}</th></tr>"
+        )
         scored = {run.name: run.results[setting] for run in runs if setting in run.results}
         means = {name: metric_values(result.mean) for name, result in scored.items()}
         for name, result in scored.items():
@@ -235,27 +137,27 @@ def _table(runs: Sequence[RunRecord]) -> Section | None:
                 best = len(scored) > 1 and value == max(m[metric] for m in means.values())
                 number = f"{100 * value:.1f} <small>± {100 * spread[metric]:.1f}</small>"
                 cells += f"<td>{f'<b>{number}</b>' if best else number}</td>"
-            rows.append(f"<tr><th scope=row>{_text(name)}</th>{cells}</tr>")
+            rows.append(f"<tr><th scope=row>{_page.text(name)}</th>{cells}</tr>")
         chance = next((run.chance[setting] for run in runs if setting in run.chance), None)
         if chance is not None:
             levels = metric_values(chance)
             cells = "".join(f"<td>{100 * levels[metric]:.1f}</td>" for metric in METRICS)
             rows.append(f"<tr class=chance><th scope=row>chance</th>{cells}</tr>")
     note = (
-        "Percent: mean ± standard deviation over the protocol's trials (galleries). Chance is the expected "
-        "score of a random ranking of the same galleries."
+        "Percent: mean ± standard deviation over the protocol's trials (galleries). Chance is the "
+        "expected score of a random ranking of the same galleries."
     )
-    body = f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return Section("Results", note, body)
+    table = f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return Section("Results", note, f"<div class=wide><table>{table}</table></div>")
 
 
 def _losses(runs: Sequence[RunRecord]) -> Section | None:
     curves = {run.name: run.losses for run in runs if run.losses}
     if not curves:
         return None
-    note = "Mean of each term over an epoch, unweighted; `total` is the weighted sum that was minimised."
+    note = "Mean of each term over an epoch; total is the weighted sum that was minimised."
     drawn = figures.small_multiples(curves)
-    return Section("Training losses", note, _svg(drawn, "loss", _ends("Losses", curves)))
+    return Section("Training losses", note, _page.chart(drawn, "loss", _ends("Losses", curves)))
 
 
 def _validation(runs: Sequence[RunRecord]) -> Section | None:
@@ -263,11 +165,13 @@ def _validation(runs: Sequence[RunRecord]) -> Section | None:
     if not curves:
         return None
     note = (
-        "Measured during training on identities held out from the training split, never on the test split "
-        "unless the header says so; the table above is the test."
+        "Measured during training on identities held out from the training split, which are fewer "
+        "than the test's: compare runs here, not with the table above."
     )
     drawn = figures.small_multiples(curves, percent=True)
-    return Section("Validation", note, _svg(drawn, "validation", _ends("Validation", curves)))
+    return Section(
+        "Validation", note, _page.chart(drawn, "validation", _ends("Validation", curves))
+    )
 
 
 def _cmc(runs: Sequence[RunRecord]) -> Section | None:
@@ -282,14 +186,16 @@ def _cmc(runs: Sequence[RunRecord]) -> Section | None:
     if not settings:
         return None
     note = (
-        "Share of queries whose person is among the first k identities; band: one standard deviation over trials."
+        "Share of queries whose person is among the first k identities. Band: one standard "
+        "deviation over trials."
     )
     alt = "CMC curves. " + "; ".join(
-        f"{setting}, {name}: rank 1 {100 * curve.y[0]:.1f} %, rank {len(curve.y)} {100 * curve.y[-1]:.1f} %"
+        f"{setting}, {name}: rank 1 {100 * curve.y[0]:.1f} %, "
+        f"rank {len(curve.y)} {100 * curve.y[-1]:.1f} %"
         for setting, panel in settings.items()
         for name, curve in panel.items()
     )
-    return Section("CMC", note, _svg(figures.cmc_curves(settings), "cmc", alt))
+    return Section("CMC", note, _page.chart(figures.cmc_curves(settings), "cmc", alt))
 
 
 def _histogram(runs: Sequence[RunRecord], seed: int) -> Section | None:
@@ -299,23 +205,26 @@ def _histogram(runs: Sequence[RunRecord], seed: int) -> Section | None:
             continue
         count = len(run.query.ids)
         chosen = np.random.default_rng(seed).permutation(count)[:HISTOGRAM_QUERIES]
-        distance = _distances(run.query.features[chosen], run.gallery.features)
+        distance = distances(run.query.features[chosen], run.gallery.features)
         same = run.query.ids[chosen][:, None] == run.gallery.ids[None, :]
-        keep = _location(run.query.cams[chosen])[:, None] != _location(run.gallery.cams)[None, :]
+        keep = location(run.query.cams[chosen])[:, None] != location(run.gallery.cams)[None, :]
         pairs[run.name] = (distance[same & keep], distance[~same & keep])
     if not pairs or any(not len(part) for both in pairs.values() for part in both):
         return None
     note = (
-        "Cosine distances between infrared queries and the whole visible gallery pool, pairs of one location "
-        f"left out; at most {HISTOGRAM_QUERIES} queries, drawn with seed {seed}. Each area is one: "
-        "less overlap is better."
+        "Cosine distances between infrared queries and the whole visible gallery pool (test "
+        f"identities), pairs of one location left out; at most {HISTOGRAM_QUERIES} queries, drawn "
+        f"with seed {seed}. Each area is one: less overlap is better."
     )
     alt = "Distance histogram. " + "; ".join(
-        f"{name}: median {np.median(same):.3f} same person, {np.median(other):.3f} different persons"
+        f"{name}: median {np.median(same):.3f} same person, "
+        f"{np.median(other):.3f} different persons"
         for name, (same, other) in pairs.items()
     )
     return Section(
-        "Distances across modalities", note, _svg(figures.distance_histogram(pairs), "distance", alt)
+        "Distances across modalities",
+        note,
+        _page.chart(figures.distance_histogram(pairs), "distance", alt),
     )
 
 
@@ -334,101 +243,16 @@ def pattern_map_tiles(maps: PatternMaps) -> list[list[Tile]]:
 
 def _pattern_maps(runs: Sequence[RunRecord]) -> Section | None:
     body = [
-        _tile_row(row, f"<b>{_text(run.name)}</b>")
+        _page.tile_row(row, f"<b>{_page.text(run.name)}</b>")
         for run in runs
         if run.maps is not None
         for row in pattern_map_tiles(run.maps)
     ]
     note = (
-        "Where each learned pattern looks. Heat is stretched from a map's smallest to its largest value on this "
-        "image (written below it): bright means most, not much."
+        "Where each learned pattern looks, on test images. Heat is stretched from a map's smallest "
+        "to its largest value on this image (written below it): bright means most, not much."
     )
     return Section("Pattern maps", note, "".join(body)) if body else None
-
-
-def _embeddings(run: RunRecord) -> tuple[Embeddings, Embeddings, NDArray[np.int64]]:
-    if run.query is None or run.gallery is None:
-        raise ValueError(f"{run.name}: expected query and gallery embeddings, got none")
-    shown = np.arange(len(run.gallery.ids)) if run.shown is None else run.shown
-    return run.query, run.gallery, shown
-
-
-def _per_query(run: RunRecord) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    query, gallery, shown = _embeddings(run)
-    metrics = rank_metrics(
-        _distances(query.features, gallery.features[shown]),
-        query.ids,
-        gallery.ids[shown],
-        query.cams,
-        gallery.cams[shown],
-        protocol="sysu",
-        per_query=True,
-    )
-    return np.nan_to_num(metrics.average_precision), metrics.valid
-
-
-def _distances(queries: NDArray[Any], gallery: NDArray[Any]) -> NDArray[Any]:
-    def unit(x: NDArray[Any]) -> NDArray[Any]:
-        x = np.asarray(x, dtype=np.float32)
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-    return np.asarray(1.0 - unit(queries) @ unit(gallery).T)
-
-
-def _location(cams: Any) -> Any:
-    # Cameras 2 and 3 of SYSU-MM01 hang in the same room.
-    return np.where(cams == 3, 2, cams)
-
-
-def _tile(
-    run: RunRecord, images: Embeddings, row: int, head: str, distance: float | None, person: int
-) -> Tile:
-    if run.image_root is None:
-        raise ValueError(f"{run.name}: expected image_root, the folder of the embedded images")
-    cam, found = int(images.cams[row]), int(images.ids[row])
-    modality = "IR" if cam in INFRARED_CAMERAS else "VIS"
-    correct = None if distance is None else found == person
-    mark = "" if correct is None else " ✓" if correct else " ✗"
-    lines = [f"{head}{mark}", f"{modality} cam {cam}", f"id {found}"]
-    if distance is not None:
-        lines.append(f"{distance:.3f}")
-    match = "" if correct is None else ", same person" if correct else ", another person"
-    away = "" if distance is None else f", distance {distance:.3f}"
-    alt = f"{head}: {modality} image of person {found}, camera {cam}{away}{match}"
-    return Tile(_read(run.image_root / str(images.paths[row])), tuple(lines), alt, correct)
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def _tile_row(tiles: Iterable[Tile], label: str) -> str:
-    cells = []
-    for tile in tiles:
-        frame = "" if tile.correct is None else " match" if tile.correct else " wrong"
-        caption = "<br>".join(_text(line) for line in tile.lines)
-        cells.append(
-            f'<figure class="tile{frame}"><img src="{_jpeg(tile.image)}" alt="{_text(tile.alt)}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return f"<div class=row><div class=label>{label}</div>{''.join(cells)}</div>"
-
-
-def _jpeg(image: NDArray[np.uint8], *, height: int = 144) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray(image)
-    width = max(1, round(picture.width * height / picture.height))
-    stream = io.BytesIO()
-    picture.resize((width, height), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _svg(figure: Figure, identifier: str, alt: str) -> str:
-    return f"<div class=chart>{figures.to_svg(figure, identifier=identifier, alt=alt)}</div>"
 
 
 def _ends(what: str, runs: Mapping[str, Mapping[str, Curve]]) -> str:
@@ -438,14 +262,3 @@ def _ends(what: str, runs: Mapping[str, Mapping[str, Curve]]) -> str:
         for term, curve in curves.items()
     )
     return f"{what} against epochs: " + "; ".join(parts)
-
-
-def _card(run: RunRecord) -> str:
-    facts = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in run.facts.items())
-    commands = "\n".join(run.commands)
-    repeat = f"<p>To repeat:</p><pre>{_text(commands)}</pre>" if commands else ""
-    return f"<article class=card><h2>{_text(run.name)}</h2><dl>{facts}</dl>{repeat}</article>"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
