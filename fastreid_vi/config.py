@@ -35,6 +35,19 @@ def _positive(**fields: float) -> None:
             raise ValueError(f"{name}: expected > 0, got {value}")
 
 
+def check_choices(config: Any) -> None:
+    """Check every `Literal` field of a configuration dataclass; for `__post_init__`.
+
+    Raises:
+        ValueError: a value that its field does not list.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, how it is transformed and how batches are drawn."""
@@ -155,9 +168,13 @@ class RunConfig:
     """Also checkpoint every so many steps inside an epoch; 0 for never."""
     keep: int = 2
     """Checkpoints kept beside the best."""
+    log_every: int = 10
+    """Steps between two step records in metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _positive(checkpoint_every=self.checkpoint_every, keep=self.keep)
+        _positive(checkpoint_every=self.checkpoint_every, keep=self.keep, log_every=self.log_every)
+        if self.eval_every < 0 or self.checkpoint_steps < 0:
+            raise ValueError("eval_every, checkpoint_steps: expected >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

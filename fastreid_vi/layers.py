@@ -1,0 +1,97 @@
+"""Network layers as `nn.Module` skins over `fastreid_vi.ops`.
+
+Parameter names are those of the papers' code.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from fastreid_vi import ops
+from fastreid_vi.ops.pool import Activation
+
+
+class GeM(nn.Module):
+    """Generalised-mean pooling with a fixed exponent; see `ops.gem_pool`."""
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.p, self.eps = p, eps
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C]."""
+        return ops.gem_pool(features, self.p, self.eps)
+
+    def extra_repr(self) -> str:
+        """Exponent and epsilon."""
+        return f"p={self.p}, eps={self.eps}"
+
+
+class PatternPool(nn.Module):
+    """A 1x1 convolution that predicts pattern maps, and pooling under them; see `ops.pattern_pool`.
+
+    Parameters `weight` [P, C, 1, 1] (uniform, bound 1/sqrt(C)) and `bias` [P] (0).
+    """
+
+    def __init__(self, channels: int, parts: int, activation: Activation = "sigmoid") -> None:
+        super().__init__()
+        conv = nn.Conv2d(channels, parts, 1)
+        assert conv.bias is not None  # nn.Conv2d has one by default
+        self.weight, self.bias = conv.weight, conv.bias
+        nn.init.zeros_(self.bias)
+        self.activation: Activation = activation
+
+    def forward(self, features: Tensor) -> ops.PatternPool:
+        """[B, C, H, W] -> `PatternPool(pooled [B, P, C], maps [B, P, H, W])`."""
+        return ops.pattern_pool(features, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """Sizes and activation."""
+        parts, channels = self.weight.shape[:2]
+        return f"{channels}, {parts}, activation={self.activation!r}"
+
+
+class ModalityAlleviation(nn.Module):
+    """MPANet's MAM: a learned gate between each channel and its instance norm.
+
+    See `ops.modality_alleviation`. Parameters `channel_attention.0.weight` [C/r, C, 1, 1] and
+    `channel_attention.2.weight` [C, C/r, 1, 1], Kaiming normal (fan out, ReLU).
+    """
+
+    def __init__(self, channels: int, ratio: int = 16) -> None:
+        super().__init__()
+        if ratio < 1 or channels < ratio:
+            raise ValueError(f"ratio: expected 1 to channels ({channels}), got {ratio}")
+        # The sequence only holds the weights, under their official names; the op does the work.
+        self.channel_attention = nn.Sequential(
+            nn.Conv2d(channels, channels // ratio, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels // ratio, channels, 1, bias=False),
+            nn.Sigmoid(),
+        )
+        for weight in self.channel_attention.parameters():
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; may be negative."""
+        reduce_weight, expand_weight = self.channel_attention.parameters()
+        return ops.modality_alleviation(features, reduce_weight, expand_weight)
+
+
+class BNNeck(nn.BatchNorm1d):
+    """Batch norm between the metric and the identity losses; its bias stays 0 and gets no gradient.
+
+    Args:
+        features: D.
+        weight_std: the weight starts as N(1, weight_std); 0 for exactly 1.
+    """
+
+    def __init__(self, features: int, *, weight_std: float = 0.0) -> None:
+        super().__init__(features)
+        if not (math.isfinite(weight_std) and weight_std >= 0):
+            raise ValueError(f"weight_std: expected >= 0, got {weight_std}")
+        if weight_std:
+            nn.init.normal_(self.weight, 1.0, weight_std)
+        self.bias.requires_grad_(False)

@@ -1,0 +1,39 @@
+"""The baseline's losses.
+
+Spec: lba 3 (L_ID = CE + L_tri).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastreid_vi import ops
+from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.baseline.recipe import BaselineOptions
+
+
+def baseline_losses(
+    embeddings: Tensor, logits: Tensor, labels: Tensor, options: BaselineOptions
+) -> Losses:
+    """L = CE + triplet_weight L_tri; half precision is widened first and autocast is off inside.
+
+    Args:
+        embeddings: [B, D], pooled features before the neck, not normalised.
+        logits: [B, n].
+        labels: [B] int64; rows with -1 are left out of the cross entropy.
+        options: margin and weight of the triplet loss.
+    Returns:
+        Terms `identity`, `triplet` before its weight, `accuracy` (detached), and the total.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = widened(logits)
+        counted = (labels != IGNORED).sum().clamp(min=1)
+        identity = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
+        triplet = ops.batch_hard_triplet_loss(
+            widened(embeddings), labels, margin=options.margin
+        ).loss
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    terms = {"identity": identity, "triplet": triplet, "accuracy": accuracy}
+    return Losses(terms, identity + options.triplet_weight * triplet)
