@@ -1,0 +1,46 @@
+"""Data sets, samplers and loaders. Only the loaders need torch; they load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastreid_vi.data.datasets import SysuMM01
+from fastreid_vi.data.images import DataError, ImageList, images_in
+from fastreid_vi.data.permutations import Permutations
+from fastreid_vi.data.sampler import IdentityRandom, PairedIdentity, make_sampler
+
+if TYPE_CHECKING:
+    from fastreid_vi.data.check import SysuReport, check_sysu
+    from fastreid_vi.data.loader import eval_loader, train_loader
+    from fastreid_vi.data.synthetic import synthesize
+
+_LAZY = {
+    "SysuReport": "check",
+    "check_sysu": "check",
+    "eval_loader": "loader",
+    "synthesize": "synthetic",
+    "train_loader": "loader",
+}
+
+__all__ = [
+    "DataError",
+    "IdentityRandom",
+    "ImageList",
+    "PairedIdentity",
+    "Permutations",
+    "SysuMM01",
+    "SysuReport",
+    "check_sysu",
+    "eval_loader",
+    "images_in",
+    "make_sampler",
+    "synthesize",
+    "train_loader",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastreid_vi.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastreid_vi.data.{_LAZY[name]}"), name)

@@ -1,0 +1,225 @@
+"""From an image file to network input: Pillow for reading and resizing, NumPy for the rest.
+
+Images are planar: uint8 [3, H, W]. Random draws are explicit arrays, so that a batch can be
+replayed and tested.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastreid_vi.config import DataConfig
+from fastreid_vi.data.images import DataError
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RESIZE = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+ERASE_ATTEMPTS = 10
+# Flip, crop row, crop column, erase; then area, aspect, row, column of every attempt.
+_UNIFORMS = 4 + 4 * ERASE_ATTEMPTS
+
+# Pillow reports damage under all of these names.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+class Draws(NamedTuple):
+    """The random choices for the B images of a batch."""
+
+    flip: NDArray[np.bool_]  # [B]
+    top: Ints  # [B] first row of the crop in the padded image
+    left: Ints  # [B]
+    boxes: Ints  # [B, 4] erased box: top, left, height, width; height 0 erases nothing
+
+
+def read_image(path: Path, height: int, width: int, resize: str = "bilinear") -> Bytes:
+    """Decode and resize one file.
+
+    Returns:
+        uint8 [3, height, width]; a grey file gives three equal planes.
+    Raises:
+        DataError: the file cannot be read; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            # Planes are resized independently: a grey file may be resized before it is repeated.
+            small = image if image.mode == "L" else image.convert("RGB")
+            if small.size != (width, height):
+                small = small.resize((width, height), RESIZE[resize])
+            pixels = np.asarray(small)
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: unreadable image: {_reason(error)}") from error
+    planes = np.empty((3, height, width), dtype=np.uint8)
+    planes[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planes
+
+
+def verify_image(path: Path) -> str | None:
+    """None for a file that can be read in full, else one line that names it and the reason."""
+    try:
+        with Image.open(path) as image:
+            # Reads every byte of a JPEG but computes only an eighth of the pixels.
+            image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
+            image.load()
+    except _UNREADABLE as error:
+        return f"{path}: unreadable image: {_reason(error)}"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition(" '")[0].partition(" <")[0] or type(error).__name__
+
+
+def draw_augmentation(
+    count: int, config: DataConfig, *, seed: int, epoch: int, batch: int
+) -> Draws:
+    """Draws for slots 0..count-1 of a batch: a pure function of (seed, epoch, batch, slot).
+
+    Every slot owns a fixed run of a counter-based generator, so neither the number of workers nor
+    the point of resumption changes anything. Erasing is the usual procedure: area uniform, aspect
+    log-uniform, at most ten attempts at a box that is smaller than the image in both directions.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    # Samplers use counter 0 of the same key: batches start at 1.
+    counter = np.array([0, 0, batch + 1, 0], dtype=np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    uniform = random.random((count, _UNIFORMS))
+    span = 2 * config.pad + 1
+    return Draws(
+        flip=uniform[:, 0] < config.flip,
+        top=_below(uniform[:, 1], span),
+        left=_below(uniform[:, 2], span),
+        boxes=_draw_boxes(
+            uniform[:, 4:].reshape(count, ERASE_ATTEMPTS, 4), uniform[:, 3] < config.erase, config
+        ),
+    )
+
+
+def _draw_boxes(
+    uniform: NDArray[np.float64], erased: NDArray[np.bool_], config: DataConfig
+) -> Ints:
+    smallest, largest = config.erase_area
+    area = config.height * config.width * (smallest + uniform[:, :, 0] * (largest - smallest))
+    low, high = np.log(config.erase_aspect)
+    aspect = np.exp(low + uniform[:, :, 1] * (high - low))
+    height = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [B, attempts]
+    width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (height < config.height) & (width < config.width) & (height > 0) & (width > 0)
+    rows = np.arange(len(uniform))
+    attempt = fits.argmax(axis=1)
+    height, width, uniform = height[rows, attempt], width[rows, attempt], uniform[rows, attempt]
+    boxes = np.stack(
+        [
+            _below(uniform[:, 2], config.height - height + 1),
+            _below(uniform[:, 3], config.width - width + 1),
+            height,
+            width,
+        ],
+        axis=1,
+    )
+    boxes[~(erased & fits.any(axis=1))] = 0
+    return boxes
+
+
+def _below(uniform: NDArray[np.float64], bound: int | Ints) -> Ints:
+    """Integers uniform in 0..bound-1 out of uniform numbers in [0, 1)."""
+    return np.asarray(np.floor(uniform * bound), dtype=np.int64)
+
+
+def flip_pad_crop(
+    image: Bytes, out: Bytes, *, flip: bool, top: int, left: int, pad: int, value: int
+) -> None:
+    """Flip, pad by `pad` on every side with `value`, crop back at (top, left), into `out`.
+
+    Args:
+        image: uint8 [3, H, W].
+        out: uint8 [3, H, W], overwritten.
+        flip: mirror left and right, before padding.
+        top: first row of the crop in the padded image, 0 to 2 * pad.
+        left: first column, likewise.
+        pad: pixels added on every side.
+        value: of the added pixels, 0 to 255.
+    """
+    source = image[:, :, ::-1] if flip else image
+    rows, target_rows = _overlap(top - pad, image.shape[1])
+    columns, target_columns = _overlap(left - pad, image.shape[2])
+    if top != pad or left != pad:
+        out.fill(value)
+    out[:, target_rows, target_columns] = source[:, rows, columns]
+
+
+def _overlap(shift: int, size: int) -> tuple[slice, slice]:
+    """Of a window of `size` moved by `shift` over an axis of the same size: source, target."""
+    kept = size - abs(shift)
+    return slice(max(shift, 0), max(shift, 0) + kept), slice(max(-shift, 0), max(-shift, 0) + kept)
+
+
+def normalize(images: Bytes) -> Floats:
+    """uint8 [B, 3, H, W] to float32: divide by 255, subtract ImageNet's mean, divide by its std."""
+    out = images.astype(np.float32)
+    out /= np.float32(255)
+    out -= np.array(IMAGENET_MEAN, dtype=np.float32).reshape(3, 1, 1)
+    out /= np.array(IMAGENET_STD, dtype=np.float32).reshape(3, 1, 1)
+    return out
+
+
+def erase(images: Floats, boxes: Ints) -> None:
+    """Set the boxes [B, 4] (top, left, height, width) of normalised images [B, 3, H, W] to 0."""
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        image[:, top : top + height, left : left + width] = 0
+
+
+def augment(images: Bytes, draws: Draws, config: DataConfig) -> Floats:
+    """The whole training transform on decoded images, with given draws.
+
+    Args:
+        images: uint8 [B, 3, H, W], resized.
+        draws: one of each for every image.
+        config: `pad` and `pad_value`.
+    Returns:
+        float32 [B, 3, H, W].
+    Spec: mpanet 4, datasets 4. Golden: mcja/augment, `tail`.
+    """
+    out = normalize(place(images, draws, config))
+    erase(out, draws.boxes)
+    return out
+
+
+def place(images: Bytes, draws: Draws, config: DataConfig) -> Bytes:
+    """The part of `augment` on uint8: flip, pad, crop."""
+    out = np.empty_like(images)
+    for i in range(len(images)):
+        flip_pad_crop(
+            images[i],
+            out[i],
+            flip=bool(draws.flip[i]),
+            top=int(draws.top[i]),
+            left=int(draws.left[i]),
+            pad=config.pad,
+            value=config.pad_value,
+        )
+    return out
