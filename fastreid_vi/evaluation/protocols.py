@@ -1,0 +1,278 @@
+"""SYSU-MM01: all trials of all settings from one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+
+from fastreid_vi.evaluation.arrays import Int, Mask, Real, choice, real_matrix
+from fastreid_vi.evaluation.galleries import (
+    Embeddings,
+    Mode,
+    PermutationTable,
+    ids_and_cams,
+    sysu_galleries,
+)
+from fastreid_vi.evaluation.positions import CameraRule, Labels, Ranks, make_labels, rank_rows
+from fastreid_vi.evaluation.ranking import (
+    PROTOCOLS,
+    CmcBy,
+    RankMetrics,
+    check_options,
+    summarize,
+)
+
+Metric = Literal["cosine", "inner", "euclidean", "sqeuclidean"]
+
+QUERY_CAMERAS: Final = (3, 6)
+SETTINGS: Final[tuple[tuple[Mode, int], ...]] = (
+    ("all", 1),
+    ("all", 10),
+    ("indoor", 1),
+    ("indoor", 10),
+)
+# Distances in memory at one time; larger blocks do not make the product faster.
+BLOCK_BYTES: Final = 2**25
+
+
+class Evaluation(NamedTuple):
+    """A protocol's result."""
+
+    mean: RankMetrics
+    """Mean over the trials; `valid` holds in every trial."""
+    std: RankMetrics
+    """Standard deviation over the trials (divided by their number)."""
+    trials: list[RankMetrics]
+    """One per gallery."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    normalize: bool
+    metric: Metric
+    cmc_by: CmcBy
+    camera_rule: CameraRule
+    max_rank: int
+    per_query: bool
+    threads: int | None
+
+
+def evaluate_sysu(
+    query: Embeddings,
+    gallery: Embeddings,
+    permutations: PermutationTable,
+    *,
+    mode: Mode = "all",
+    shots: int = 1,
+    trials: int = 10,
+    rerank: None = None,
+    normalize: bool = True,
+    metric: Metric = "cosine",
+    cmc_by: CmcBy | None = None,
+    camera_rule: CameraRule | None = None,
+    max_rank: int | None = None,
+    per_query: bool = False,
+    threads: int | None = None,
+) -> Evaluation:
+    """One setting of the SYSU-MM01 protocol: infrared queries search visible galleries.
+
+    The inputs are left as they are.
+
+    Args:
+        query: images of cameras 3 and 6; `paths` are not needed.
+        gallery: the whole pool of cameras 1, 2, 4, 5, with `paths`.
+        permutations: (camera, pid) -> [`trials` or more, m] image numbers, of which a trial takes
+            the first `shots`; or "random", single-shot: one image of each person and camera drawn
+            with `random.seed(trial)`, in AGW's order.
+        mode: "all" searches cameras 1, 2, 4, 5; "indoor" searches 1 and 2.
+        shots: images of each person and camera in a gallery, or all if there are fewer.
+        trials: galleries.
+        rerank: None; nothing else is offered.
+        normalize: divide features by their L2 norm first.
+        metric: "cosine" (normalises anyway), "inner" (negative dot product), "euclidean" or
+            "sqeuclidean" (the same order).
+        cmc_by, camera_rule, max_rank, per_query, threads: as for `rank_metrics`.
+    Returns:
+        `Evaluation(mean, std, trials)`.
+    Raises:
+        TypeError, ValueError: the argument, image, folder or trial that does not fit, by name.
+    Spec: evaluation, 2.1 and 3.2. Golden: eval/sysu_protocol. Backends: retrieval.
+    """
+    if rerank is not None:
+        raise ValueError(f"rerank: expected None (plain distances), got {rerank!r}")
+    galleries = sysu_galleries(gallery, permutations, mode=mode, shots=shots, trials=trials)
+    options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
+    name = f"{mode}/{shots}"
+    return _evaluate(query, gallery, {name: galleries}, options)[name]
+
+
+def sysu_table(
+    query: Embeddings,
+    gallery: Embeddings,
+    permutations: PermutationTable,
+    *,
+    trials: int = 10,
+    normalize: bool = True,
+    metric: Metric = "cosine",
+    cmc_by: CmcBy | None = None,
+    camera_rule: CameraRule | None = None,
+    max_rank: int | None = None,
+    per_query: bool = False,
+    threads: int | None = None,
+) -> dict[str, Evaluation]:
+    """All four settings from one product of queries x pool; arguments as for `evaluate_sysu`.
+
+    Returns:
+        "all/1", "all/10", "indoor/1", "indoor/10" -> evaluation; only the single-shot ones when
+        `permutations` is "random".
+    Spec: evaluation, 2.1 and 4.
+    """
+    options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
+    settings = [s for s in SETTINGS if s[1] == 1 or not isinstance(permutations, str)]
+    galleries = {
+        f"{mode}/{shots}": sysu_galleries(
+            gallery, permutations, mode=mode, shots=shots, trials=trials
+        )
+        for mode, shots in settings
+    }
+    return _evaluate(query, gallery, galleries, options)
+
+
+def _options(
+    normalize: bool,
+    metric: Metric,
+    cmc_by: CmcBy | None,
+    camera_rule: CameraRule | None,
+    max_rank: int | None,
+    per_query: bool,
+    threads: int | None,
+) -> _Options:
+    rule, by, length = PROTOCOLS["sysu"]
+    choice("metric", metric, Metric)
+    options = _Options(
+        normalize=normalize or metric == "cosine",
+        metric=metric,
+        cmc_by=by if cmc_by is None else cmc_by,
+        camera_rule=rule if camera_rule is None else camera_rule,
+        max_rank=length if max_rank is None else max_rank,
+        per_query=per_query,
+        threads=threads,
+    )
+    check_options(options.camera_rule, options.cmc_by, options.max_rank, threads)
+    return options
+
+
+def _evaluate(
+    query: Embeddings, gallery: Embeddings, settings: dict[str, list[Int]], options: _Options
+) -> dict[str, Evaluation]:
+    """Rank all galleries of all settings, then average over each setting's trials."""
+    ids, cams = ids_and_cams("query", query)
+    if not np.isin(cams, QUERY_CAMERAS).all():
+        raise ValueError(
+            f"query.cams: expected infrared cameras {list(QUERY_CAMERAS)}, got "
+            f"{np.unique(cams).tolist()}; are query and gallery swapped?"
+        )
+    pool_ids, pool_cams = ids_and_cams("gallery", gallery)
+    galleries = [rows for trials in settings.values() for rows in trials]
+    used = np.unique(np.concatenate(galleries))
+    labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
+    ranks = _rank(query, gallery, used, labels, galleries, options)
+    evaluations, first = {}, 0
+    for name, trials in settings.items():
+        results = [
+            summarize(
+                ranks.gallery(first + t),
+                options.cmc_by,
+                options.max_rank,
+                options.per_query,
+                f"the {len(rows)} gallery images of {name}, trial {t}",
+            )
+            for t, rows in enumerate(trials)
+        ]
+        evaluations[name] = _over_trials(results)
+        first += len(trials)
+    return evaluations
+
+
+def _rank(
+    query: Embeddings,
+    gallery: Embeddings,
+    used: Int,
+    labels: Labels,
+    galleries: Sequence[Int],
+    options: _Options,
+) -> Ranks:
+    """Positions of the matches, [T, Q]: one product of queries x pool, block by block."""
+    ranks = Ranks.empty(len(galleries), len(labels.query_ids))
+    rows = np.flatnonzero(_can_match(labels))
+    left = _features("query", query, rows, options.normalize)
+    right = _features("gallery", gallery, used, options.normalize)
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"query.features, gallery.features: expected equal lengths, got {left.shape[1]} and "
+            f"{right.shape[1]}"
+        )
+    dtype = np.result_type(left, right)
+    left, right = left.astype(dtype, copy=False), right.astype(dtype, copy=False)
+    # Ranking needs no |q|^2, the same for a query's whole row, and no root.
+    offset = np.einsum("nd,nd->n", right, right) if options.metric.endswith("euclidean") else None
+    left *= -1 if offset is None else -2
+    columns = [np.searchsorted(used, rows) for rows in galleries]
+    block = max(1, BLOCK_BYTES // (len(used) * dtype.itemsize))
+    distances = np.empty((min(block, len(rows)), len(used)), dtype)
+    for begin in range(0, len(rows), block):
+        part = rows[begin : begin + block]
+        distance = distances[: len(part)]
+        np.matmul(left[begin : begin + block], right.T, out=distance)
+        if offset is not None:
+            distance += offset
+        found = rank_rows(distance, labels.rows(part), columns, part, options.threads)
+        ranks.put(slice(None), part, found)
+    return ranks
+
+
+def _can_match(labels: Labels) -> Mask:
+    """Queries that keep a match among the pool images in use; the others need no distances."""
+    places = 1 + int(max(labels.query_places.max(), labels.pool_places.max()))
+    seen = np.zeros((int(labels.pool_ids.max()) + 2, places), bool)
+    seen[labels.pool_ids, labels.pool_places] = True  # the last row is nobody: identity -1
+    if labels.rule == "none":
+        return np.asarray(np.logical_or.reduce(seen, axis=1)[labels.query_ids])
+    here = seen[labels.query_ids, labels.query_places]
+    return np.asarray(seen.sum(axis=1)[labels.query_ids] > here)
+
+
+def _features(side: str, images: Embeddings, rows: Int, normalize: bool) -> Real:
+    """Some rows, copied, checked, unit vectors if asked for; a zero row stays zero."""
+    name = f"{side}.features"
+    features = real_matrix(name, images.features, "[n, D]")
+    if len(features) != len(images.ids):
+        raise ValueError(f"{name}: expected {len(images.ids)} rows, got {len(features)}")
+    features = features[rows]
+    squares = np.einsum("nd,nd->n", features, features)
+    # Sums of squares far from 1 may have over- or underflowed, or hold infinities and NaN.
+    odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
+    largest = np.abs(features[odd]).max(axis=1, initial=0)
+    if not np.isfinite(largest).all():
+        row = rows[odd[~np.isfinite(largest)][0]]
+        raise ValueError(f"{name}: row {row} is not finite")
+    if normalize:
+        features[odd] /= np.where(largest > 0, largest, 1)[:, None]
+        squares[odd] = np.einsum("nd,nd->n", features[odd], features[odd])
+        features /= np.sqrt(np.where(squares > 0, squares, 1))[:, None]
+    return features
+
+
+def _over_trials(trials: list[RankMetrics]) -> Evaluation:
+    cmc = np.stack([trial.cmc for trial in trials])
+    precision = np.array([trial.mAP for trial in trials])
+    penalty = np.array([trial.mINP for trial in trials])
+    valid = np.logical_and.reduce([trial.valid for trial in trials])
+    return Evaluation(
+        RankMetrics(cmc.mean(axis=0), float(precision.mean()), float(penalty.mean()), valid),
+        RankMetrics(cmc.std(axis=0), float(precision.std()), float(penalty.std()), valid),
+        trials,
+    )
