@@ -1,0 +1,30 @@
+// Every native schema, one line each: the table of contents. Rooms register themselves at the foot
+// of csrc/cpu/<family>.cpp (CPU key) and csrc/cuda/<family>.cu (CUDA key).
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
+  m.def("gem_pool(Tensor features, float p, float eps) -> (Tensor, Tensor)");
+  m.def("gem_pool_backward(Tensor grad, Tensor features, Tensor moment, float p) -> Tensor");
+  m.def(
+      "pattern_pool(Tensor features, Tensor weight, Tensor? bias, str activation) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "pattern_pool_backward(Tensor grad_pooled, Tensor grad_maps, Tensor features, Tensor weight, "
+      "Tensor maps, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def("map_separation_loss(Tensor maps) -> Tensor");
+  m.def("map_separation_loss_backward(Tensor grad, Tensor maps) -> Tensor");
+  m.def(
+      "modality_alleviation(Tensor features, Tensor reduce_weight, Tensor expand_weight, "
+      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "modality_alleviation_backward(Tensor grad, Tensor features, Tensor reduce_weight, "
+      "Tensor expand_weight, Tensor mean, Tensor rstd, Tensor gate) -> (Tensor, Tensor, Tensor)");
+}
+
+// Importing the module runs the static registrars; it has no Python content of its own.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
