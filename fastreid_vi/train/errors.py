@@ -1,4 +1,4 @@
-"""What can stop a training run: one clear line each, and the exit code the command line gives it."""
+"""What can stop a training run: one clear line each, and the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TrainError(RuntimeError):
 
 
 class CheckpointError(TrainError):
-    """A checkpoint cannot be written or read, or belongs to another method, class count or recipe."""
+    """A checkpoint cannot be written or read, or belongs to another method or class count."""
 
 
 class Interrupted(TrainError):

@@ -1,4 +1,4 @@
-"""Writing so that a crash, a full disk or a SIGKILL leaves either the old state or the new one, never a mixture.
+"""Writing so that a crash, a full disk or a SIGKILL leaves the old state or the new, no mixture.
 
 Everything is written under a temporary name in the same folder, flushed to the disk and renamed.
 """
@@ -43,9 +43,18 @@ def write_json(path: Path, value: Any) -> None:
         TrainError: the disk is full, the folder is not writable.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, [text.encode()])
+
+
+def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Replace `path` by `parts`, atomically.
+
+    Raises:
+        TrainError: the disk is full, the folder is not writable.
+    """
     temporary = path.with_name(_TEMPORARY + path.name)
     try:
-        write_file(temporary, [text.encode()])
+        write_file(temporary, parts)
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
@@ -58,7 +67,7 @@ def write_folder(path: Path, files: Mapping[str, Iterable[bytes | memoryview]]) 
     """Create the folder `path` with `files` (name -> content) in it, atomically.
 
     Raises:
-        CheckpointError: it could not be written; nothing of it is left, other folders are untouched.
+        CheckpointError: it could not be written; nothing of it is left, others are untouched.
     """
     temporary = path.with_name(_TEMPORARY + path.name)
     try:
@@ -71,9 +80,13 @@ def write_folder(path: Path, files: Mapping[str, Iterable[bytes | memoryview]]) 
             shutil.rmtree(path)
         os.rename(temporary, path)
         flush_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot save checkpoint {path}: {error.strerror or error}") from error
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(
+            f"cannot save checkpoint {path}: {error.strerror or error}"
+        ) from error
 
 
 def point(link: Path, target: str) -> None:
@@ -91,7 +104,9 @@ def point(link: Path, target: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot switch {link} to {target}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot switch {link} to {target}: {error.strerror or error}"
+        ) from error
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
@@ -100,9 +115,11 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or folder; what is already gone is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    """Remove a file, link or folder."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            if not path.name.startswith(_TEMPORARY):  # a kill must not leave half of it visible
+                path = path.rename(path.with_name(_TEMPORARY + path.name))
+            shutil.rmtree(path)
+        else:
             path.unlink(missing_ok=True)

@@ -16,8 +16,9 @@ from fastreid_vi.train.errors import TrainError
 def lr_at(epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
     """Base learning rate during `epoch`.
 
-    Steps: lr * gamma^m, m = milestones before `epoch` (a milestone's own epoch still has the old rate).
-    Warm-up of n epochs multiplies by a factor that rises linearly from `warmup_start` in epoch 1 to 1 in epoch n.
+    Steps: lr * gamma^m, m = milestones before `epoch` (a milestone itself still has the old rate).
+    Warm-up of n epochs: times a factor that rises linearly from `warmup_start` in epoch 1 to 1 in
+    epoch n.
 
     Args:
         epoch: 1-based.
@@ -37,9 +38,9 @@ def lr_at(epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
 
 def _warmup(epoch: int, schedule: ScheduleConfig) -> float:
     length, start = schedule.warmup_epochs, schedule.warmup_start
-    if epoch >= length:
+    if epoch > length:
         return 1.0
-    return start + (1.0 - start) * (epoch - 1) / (length - 1)
+    return start + (1.0 - start) * (epoch - 1) / max(length - 1, 1)
 
 
 def phase_parameters(method: Method, phase: str) -> list[tuple[str, nn.Parameter]]:

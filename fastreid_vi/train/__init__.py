@@ -1,0 +1,28 @@
+"""Training: the loop, its checkpoints and records, and embeddings of whole image lists."""
+
+from fastreid_vi.train.checkpoint import load_weights
+from fastreid_vi.train.embed import embed_all, load_embeddings, save_embeddings
+from fastreid_vi.train.errors import CheckpointError, Interrupted, TrainError
+from fastreid_vi.train.loop import TrainResult, train
+from fastreid_vi.train.record import RunRecord, read_run
+from fastreid_vi.train.state import seed_everything
+from fastreid_vi.train.step import choose_device
+from fastreid_vi.train.validate import TrainingSplit, training_split
+
+__all__ = [
+    "CheckpointError",
+    "Interrupted",
+    "RunRecord",
+    "TrainError",
+    "TrainResult",
+    "TrainingSplit",
+    "choose_device",
+    "embed_all",
+    "load_embeddings",
+    "load_weights",
+    "read_run",
+    "save_embeddings",
+    "seed_everything",
+    "train",
+    "training_split",
+]

@@ -1,0 +1,161 @@
+"""Scoring a method while it trains, and saying which epoch was the best and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from fastreid_vi.config import INFRARED, VISIBLE, Recipe
+from fastreid_vi.data.images import ImageList
+from fastreid_vi.data.loader import eval_loader
+from fastreid_vi.evaluation import evaluate_sysu
+from fastreid_vi.methods.base import Method
+from fastreid_vi.train.embed import embed_all
+from fastreid_vi.train.errors import TrainError
+from fastreid_vi.train.state import undisturbed
+
+EvalOn = Literal["validation", "test"]
+_RANKS = (1, 5, 10, 20)
+_TRIALS = 10
+
+
+class TrainingData(Protocol):
+    """What training needs of a data set; `data.datasets.SysuMM01` is one."""
+
+    root: Path
+    train: ImageList
+    query: ImageList
+    gallery: ImageList
+    permutations: Mapping[tuple[int, int], Any]
+
+    def hold_out(self, n: int, seed: int) -> tuple[ImageList, ImageList]:
+        """Split `n` training identities off."""
+
+
+class TrainingSplit(NamedTuple):
+    """Images to train on, and those of the held-out identities."""
+
+    train: ImageList
+    validation: ImageList | None
+
+    @property
+    def num_ids(self) -> int:
+        """Class count: what `methods.create` needs."""
+        return len(np.unique(self.train.labels))
+
+
+def training_split(dataset: TrainingData, recipe: Recipe) -> TrainingSplit:
+    """The split that `train` uses: `data.validation` identities held out, drawn by the run's seed.
+
+    Raises:
+        DataError: fewer identities than that.
+    """
+    if recipe.data.validation == 0:
+        return TrainingSplit(dataset.train, None)
+    return TrainingSplit(*dataset.hold_out(recipe.data.validation, recipe.run.seed))
+
+
+class Judge:
+    """Scores a method: infrared queries, visible galleries, all-search, single-shot, ten galleries.
+
+    The galleries are drawn with the seeds 0..9 on the validation split, by the data set's
+    permutations on the test split.
+
+    Args:
+        dataset: the data set that is trained on.
+        validation: images of held-out identities, or None.
+        recipe: the run.
+        eval_on: "validation", or "test" when that was asked for by name.
+    Raises:
+        TrainError: the validation split lacks a modality.
+    """
+
+    def __init__(
+        self, dataset: TrainingData, validation: ImageList | None, recipe: Recipe, eval_on: EvalOn
+    ) -> None:
+        self.split, self._recipe = eval_on, recipe
+        self._permutations: Mapping[tuple[int, int], Any] | Literal["random"] = "random"
+        lists: list[ImageList] = []
+        if eval_on == "test":
+            lists, self._permutations = [dataset.query, dataset.gallery], dataset.permutations
+        elif eval_on != "validation":
+            raise ValueError(f'eval_on: expected "validation" or "test", got {eval_on!r}')
+        elif validation is not None:
+            lists = [validation.select(validation.modality == m) for m in (INFRARED, VISIBLE)]
+            if not all(map(len, lists)):
+                raise TrainError("validation: the held-out identities lack a modality")
+        size = recipe.data.identities * recipe.data.images
+        # Made once: a loader may keep its decoded images.
+        self._loaders = [(eval_loader(i, recipe.data, batch_size=size), i) for i in lists]
+
+    def due(self, epoch: int) -> bool:
+        """Whether `epoch` ends with an evaluation: every `eval_every` epochs and after the last."""
+        if not self._loaders:
+            return False
+        every = self._recipe.run.eval_every
+        return epoch == self._recipe.schedule.epochs or (every > 0 and epoch % every == 0)
+
+    def score(self, method: Method, device: torch.device) -> dict[str, float]:
+        """R1, R5, R10, R20, mAP and mINP as fractions; no generator moves."""
+        run = self._recipe.run
+        with undisturbed(device):
+            query, gallery = (
+                embed_all(
+                    method,
+                    loader,
+                    images,
+                    device=device,
+                    precision=run.precision,
+                    channels_last=run.channels_last,
+                )
+                for loader, images in self._loaders
+            )
+        mean = evaluate_sysu(
+            query, gallery, self._permutations, mode="all", shots=1, trials=_TRIALS
+        ).mean
+        ranks = {f"R{k}": float(mean.cmc[k - 1]) for k in _RANKS}
+        return {**ranks, "mAP": float(mean.mAP), "mINP": float(mean.mINP)}
+
+    def verdict(self, evaluations: list[dict[str, Any]], epoch: int, step: int) -> dict[str, Any]:
+        """best.json: the best evaluated epoch, or the last one, and how it was chosen.
+
+        Args:
+            evaluations: `epoch`, `step` and `metrics` of each evaluation so far.
+            epoch: last finished epoch.
+            step: steps so far.
+        """
+        best = best_of(evaluations)
+        if best is None:
+            chosen = (
+                "the last epoch: no validation split (data.validation = 0), nothing was evaluated"
+            )
+            return {
+                "epoch": epoch,
+                "step": step,
+                "metrics": None,
+                "chosen": chosen,
+                "evaluations": [],
+            }
+        if self.split == "test":
+            where = "the TEST split, as asked: its figures are not an unbiased estimate"
+        else:
+            where = f"{self._recipe.data.validation} training identities held out for validation"
+        chosen = (
+            f"highest R1, then mAP, then the earlier epoch, of {len(evaluations)} evaluated; "
+            "infrared queries, visible gallery, all-search, single-shot, "
+            f"{_TRIALS} galleries; on {where}"
+        )
+        return {**best, "chosen": chosen, "evaluations": evaluations}
+
+
+def best_of(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Highest R1, then mAP, then the earlier epoch."""
+    return max(
+        evaluations,
+        key=lambda e: (e["metrics"]["R1"], e["metrics"]["mAP"], -e["epoch"]),
+        default=None,
+    )
