@@ -93,7 +93,8 @@ tr.chance, td small { color: var(--soft); }
   .label + .tile { margin-right: .3rem; }
   .tile { width: 3.4rem; }
   .tile img { height: 4.8rem; }
-  h2, h3, .note { break-after: avoid; }
+  .tile figcaption { font-size: .55rem; }
+  h2, h3, .note { break-after: avoid; break-inside: avoid; }
   .row, .chart, .card, tr { break-inside: avoid; }
 }
 """

@@ -15,7 +15,7 @@ from fastreid_vi.evaluation import Embeddings, rank_metrics
 from fastreid_vi.figures import Tile
 
 if TYPE_CHECKING:
-    from fastreid_vi.report import RunRecord
+    from fastreid_vi.report import ReportedRun
 
 INFRARED_CAMERAS = (3, 6)
 
@@ -43,7 +43,7 @@ def pick_queries(
     return {kind: [int(row) for row in chosen] for kind, chosen in kinds.items() if len(chosen)}
 
 
-def rank_list(run: RunRecord, row: int, *, top: int = 10) -> list[Tile]:
+def rank_list(run: ReportedRun, row: int, *, top: int = 10) -> list[Tile]:
     """A query and its nearest gallery images, ascending cosine distance, as tiles.
 
     Args:
@@ -67,10 +67,10 @@ def rank_list(run: RunRecord, row: int, *, top: int = 10) -> list[Tile]:
 
 
 def rank_list_section(
-    runs: Sequence[RunRecord], *, queries: int, top: int, seed: int
+    runs: Sequence[ReportedRun], *, queries: int, top: int, seed: int
 ) -> Section | None:
     """Rank lists of the same queries under every run that embedded the same images."""
-    groups: dict[tuple[str, ...], list[RunRecord]] = {}
+    groups: dict[tuple[str, ...], list[ReportedRun]] = {}
     for run in runs:
         if run.query is not None and run.gallery is not None:
             groups.setdefault(tuple(map(str, run.query.paths)), []).append(run)
@@ -97,14 +97,14 @@ def rank_list_section(
     return Section("Rank lists", note, "".join(body))
 
 
-def _embeddings(run: RunRecord) -> tuple[Embeddings, Embeddings, NDArray[np.int64]]:
+def _embeddings(run: ReportedRun) -> tuple[Embeddings, Embeddings, NDArray[np.int64]]:
     if run.query is None or run.gallery is None:
         raise ValueError(f"{run.name}: expected query and gallery embeddings, got none")
     shown = np.arange(len(run.gallery.ids)) if run.shown is None else run.shown
     return run.query, run.gallery, shown
 
 
-def _per_query(run: RunRecord) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _per_query(run: ReportedRun) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     query, gallery, shown = _embeddings(run)
     metrics = rank_metrics(
         distances(query.features, gallery.features[shown]),
@@ -115,7 +115,8 @@ def _per_query(run: RunRecord) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         protocol="sysu",
         per_query=True,
     )
-    return np.nan_to_num(metrics.average_precision), metrics.valid
+    assert metrics.per_query is not None
+    return np.nan_to_num(metrics.per_query.AP), metrics.valid
 
 
 def distances(queries: NDArray[Any], gallery: NDArray[Any]) -> NDArray[Any]:
@@ -136,7 +137,7 @@ def location(cams: Any) -> Any:
 
 
 def _tile(
-    run: RunRecord, images: Embeddings, row: int, head: str, distance: float | None, person: int
+    run: ReportedRun, images: Embeddings, row: int, head: str, distance: float | None, person: int
 ) -> Tile:
     if run.image_root is None:
         raise ValueError(f"{run.name}: expected image_root, the folder of the embedded images")

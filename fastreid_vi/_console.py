@@ -1,0 +1,96 @@
+"""What the command line shows: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+_QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+class Console:
+    """Human text and machine output of one command.
+
+    Args:
+        machine: JSON on standard output, text on standard error; otherwise text on standard output.
+    """
+
+    def __init__(self, machine: bool) -> None:
+        self.machine = machine
+
+    def say(self, text: str = "") -> None:
+        """A line of the result."""
+        print(text, file=sys.stderr if self.machine else sys.stdout, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line about what goes on."""
+        print(text, file=sys.stderr, flush=True)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The machine output, when it was asked for."""
+        if self.machine:
+            print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """A function to call with (done, total): a bar on a terminal, a few lines elsewhere."""
+        bar = _bar() if sys.stderr.isatty() else None
+        if bar is None:
+            yield _lines(title)
+            return
+        with bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text columns; the first is aligned left, the others right. An empty row is a gap."""
+    widths = [max(len(row[i]) for row in (header, *rows) if row) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _bar() -> Any:
+    try:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+    except ImportError:
+        return None
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=RichConsole(stderr=True),
+        transient=True,
+    )
+
+
+def _lines(title: str) -> Progress:
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= _QUIET_SECONDS:
+            last = time.monotonic()
+            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

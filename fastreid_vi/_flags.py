@@ -1,0 +1,53 @@
+"""The part of `train`'s command line that argparse leaves over: recipe names and recipe flags."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastreid_vi.config import Recipe
+
+
+class UsageError(Exception):
+    """The command line itself is wrong: exit code 2."""
+
+
+def take_name(rest: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe's name out of what argparse left over, and the recipe flags."""
+    from fastreid_vi.methods import METHODS, RECIPES
+
+    for i, word in enumerate(rest):
+        if not word.startswith("-") and (i == 0 or word in RECIPES or word in METHODS):
+            return word, [*rest[:i], *rest[i + 1 :]]
+    return None, list(rest)
+
+
+def with_flags(recipe: Recipe, flags: list[str], program: str, debug: bool) -> Recipe:
+    """The recipe with the changes that flags such as `--optim.lr 1e-3` ask for."""
+    if not flags:
+        return recipe
+    try:
+        import tyro
+    except ImportError as error:
+        raise UsageError("recipe flags need tyro: pip install tyro") from error
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(sys.stderr if debug else said):
+            changed: Recipe = tyro.cli(type(recipe), default=recipe, args=flags, prog=program)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise UsageError(_boxed(said.getvalue())) from None
+    return changed
+
+
+def _boxed(said: str) -> str:
+    """The message between the first two rules of tyro's box, on one line."""
+    lines = [line.strip(" │") for line in said.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= set("-─")]
+    inside = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(" ".join(inside).split()) or "wrong recipe flag"

@@ -1,0 +1,158 @@
+"""Run folders in, the records of the report page out: what `fastreid-vi report` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastreid_vi import _evaluate
+from fastreid_vi._evaluate import EMBEDDINGS, RunError, Target
+from fastreid_vi.evaluation import Embeddings, sysu_galleries
+from fastreid_vi.figures import Curve
+from fastreid_vi.report import PatternMaps, ReportedRun
+
+if TYPE_CHECKING:
+    from fastreid_vi.data import SysuMM01
+
+MAP_PERSONS = 4
+
+
+def reported_run(folder: Path, name: str, *, root: Path | None = None) -> ReportedRun:
+    """Everything a run folder has to show.
+
+    Args:
+        folder: an evaluated run.
+        name: its name on the page.
+        root: data set, if not the one the run was trained on.
+    Raises:
+        RunError: not evaluated yet, or a damaged file.
+        TrainError, DataError: run, embeddings or data cannot be read.
+    """
+    from fastreid_vi import train
+
+    target = _evaluate.open_target(folder, root=root)
+    test = _evaluate.read_result(folder).get("test")
+    if test is None:
+        raise RunError(f"{folder}: not evaluated yet; run: fastreid-vi eval {folder}")
+    dataset = _evaluate.open_dataset(target.recipe, target.root)
+    query, gallery = (train.load_embeddings(folder / EMBEDDINGS / n) for n in ("query", "gallery"))
+    records = read_metrics(folder / "metrics.jsonl")
+    shown = sysu_galleries(gallery, dataset.permutations, mode="all", shots=1, trials=1)[0]
+    return ReportedRun(
+        name=name,
+        facts=_facts(folder, target, test),
+        commands=(
+            f"fastreid-vi train --recipe {folder / 'run.json'} --run-dir {folder}-again",
+            f"fastreid-vi eval {folder}-again",
+        ),
+        results={s: _evaluate.evaluation_of(found) for s, found in test["settings"].items()},
+        chance={s: _evaluate.metrics_of(v["chance"]) for s, v in test["settings"].items()},
+        losses=curves(records, "epoch", "terms"),
+        validation=curves(records, "eval", "metrics", ("R1", "mAP", "mINP")),
+        validation_split=next((r["split"] for r in records if r["kind"] == "eval"), "validation"),
+        query=query,
+        gallery=gallery,
+        shown=shown,
+        shown_name="all-search, single shot, trial 1",
+        image_root=target.root,
+        maps=pattern_maps(target, dataset, query, gallery),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+        RunError: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                records.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}: line {number} is not JSON") from None
+    return records
+
+
+def curves(
+    records: list[dict[str, Any]], kind: str, group: str, names: tuple[str, ...] | None = None
+) -> dict[str, Curve]:
+    """Quantity -> curve over epochs, `total` first, out of the records of one kind."""
+    chosen = [record for record in records if record["kind"] == kind]
+    found = list(dict.fromkeys(name for record in chosen for name in record[group]))
+    if names is not None:
+        found = [name for name in names if name in found]
+    found.sort(key=lambda name: name != "total")
+    points = {
+        name: [(r["epoch"], r[group][name]) for r in chosen if name in r[group]] for name in found
+    }
+    return {name: Curve(*np.array(xy, dtype=float).T) for name, xy in points.items()}
+
+
+def pattern_maps(
+    target: Target, dataset: SysuMM01, query: Embeddings, gallery: Embeddings
+) -> PatternMaps | None:
+    """Pattern maps of a few test persons, infrared and visible, for a method that has them."""
+    import torch
+
+    from fastreid_vi.data import eval_loader
+
+    method, _ = _evaluate.load_method(target, dataset)
+    maps_of = getattr(method, "pattern_maps", None)
+    if maps_of is None:
+        return None
+    persons = np.intersect1d(query.ids, gallery.ids)[:MAP_PERSONS]
+    stacks, images, captions = [], [], []
+    for person in persons:
+        for part, kind in ((dataset.query, "IR"), (dataset.gallery, "VIS")):
+            first = part.select([int(np.flatnonzero(part.pids == person)[0])])
+            batch = next(iter(eval_loader(first, _alone(target), batch_size=1)))
+            with torch.inference_mode():
+                stacks.append(maps_of(batch.images)[0].float().numpy())
+            images.append(_read(first.file(0)))
+            captions.append(f"{kind} cam {first.cams[0]}, id {person}")
+    return PatternMaps(images, np.stack(stacks), captions)
+
+
+def _alone(target: Target) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(target.recipe.data, workers=0, cache=False)
+
+
+def _read(path: Path) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _facts(folder: Path, target: Target, test: dict[str, Any]) -> dict[str, str]:
+    recipe, checkpoint = target.recipe, test["checkpoint"]
+    record = _evaluate.read_record(folder)
+    depth = getattr(getattr(recipe, "model", None), "depth", None)
+    facts = {
+        "Method": recipe.method + (f", ResNet-{depth}" if depth else ""),
+        "Data set": f"{target.root}: {record.num_ids} training, {test['identities']} test "
+        f"identities, {test['queries']} queries, {test['gallery']} gallery images",
+        "Input": f"{recipe.data.height} x {recipe.data.width} pixels",
+        "Protocol": f"{test['protocol']}: {test['trials']} trials, infrared queries, location rule",
+        "Checkpoint": checkpoint["path"],
+    }
+    if "epoch" in checkpoint:
+        facts["Checkpoint"] += f", epoch {checkpoint['epoch']} of {recipe.schedule.epochs}"
+    best = folder / "best.json"
+    if best.is_file():
+        facts["Chosen by"] = str(json.loads(best.read_text(encoding="utf-8"))["chosen"])
+    facts["Seed"] = str(record.seed)
+    facts["Versions"] = ", ".join(f"{k} {v}" for k, v in record.versions.items() if v)
+    return facts
