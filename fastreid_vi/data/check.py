@@ -112,7 +112,7 @@ def check_sysu(
         against == "auto" and any(_crc(pids) == OFFICIAL_LISTS[s] for s, pids in ids.items())
     )
     images = _index(folder, present, ids, findings)
-    findings += _disagreements(folder, images, ids, every_split=official)
+    findings += _disagreements(folder, images, ids, present, every_split=official)
     findings += _missing_modalities(images, ids)
     counts, persons = _counts(images, ids)
     if official:
@@ -198,7 +198,12 @@ def _index(
 
 
 def _disagreements(
-    root: Path, images: ImageList, ids: dict[str, list[int]], *, every_split: bool
+    root: Path,
+    images: ImageList,
+    ids: dict[str, list[int]],
+    cams: Sequence[int],
+    *,
+    every_split: bool,
 ) -> Iterator[Finding]:
     """A stand-in need only permute its test persons; the official file permutes everybody."""
     file = root / "exp" / "rand_perm_cam.mat"
@@ -208,7 +213,7 @@ def _disagreements(
         yield Finding("exp/rand_perm_cam.mat", str(error))
         return
     pids = [pid for split in (SPLITS if every_split else ("test",)) for pid in ids.get(split, ())]
-    for folder, problem in permutations.disagreements(images, pids):
+    for folder, problem in permutations.disagreements(images, pids, cams):
         yield Finding(folder, problem)
 
 

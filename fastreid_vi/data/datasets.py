@@ -74,6 +74,7 @@ class SysuMM01:
         self.permutations.check(
             image_list_of(self.root, [r for r in records if r[1] in set(ids["test"])], {}),
             ids["test"],
+            CAMERAS,
         )
         if skip_broken:
             self._leave_out_broken()

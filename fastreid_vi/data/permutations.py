@@ -129,39 +129,51 @@ class Permutations(Mapping[tuple[int, int], Int64]):
 
     @classmethod
     def draw(cls, images: ImageList, *, seed: int) -> Permutations:
-        """Fresh permutations for the folders of `images`, for data that has no official file.
+        """Fresh orders for the folders of `images`, for persons the official file does not know.
 
-        Image numbers in a folder must be 1..m.
+        Their image numbers may have gaps, unlike those of a file.
         """
         random = np.random.default_rng(seed)
-        values = {}
-        for folder, numbers in folders_of(images).items():
-            if not np.array_equal(numbers, np.arange(1, len(numbers) + 1)):
-                raise DataError(f"{folder_name(*folder)}: image numbers are not 1..{len(numbers)}")
-            values[folder] = np.stack([random.permutation(numbers) for _ in range(TRIALS)])
-        return cls(values)
+        folders = folders_of(images)
+        blank = cls({}, (max([pid for _, pid in folders], default=2),) * len(CAMERAS))
+        return blank._replaced(
+            {
+                folder: np.stack([random.permutation(numbers) for _ in range(TRIALS)])
+                for folder, numbers in folders.items()
+            }
+        )
 
-    def check(self, images: ImageList, pids: Iterable[int] | None = None) -> None:
+    def check(
+        self,
+        images: ImageList,
+        pids: Iterable[int] | None = None,
+        cams: Iterable[int] | None = None,
+    ) -> None:
         """Compare every folder with the files on disk; see `disagreements`.
 
         Raises:
             DataError: the first folder that disagrees.
         """
-        for _, problem in self.disagreements(images, pids):
+        for _, problem in self.disagreements(images, pids, cams):
             raise DataError(problem)
 
     def disagreements(
-        self, images: ImageList, pids: Iterable[int] | None = None
+        self,
+        images: ImageList,
+        pids: Iterable[int] | None = None,
+        cams: Iterable[int] | None = None,
     ) -> Iterator[tuple[str, str]]:
         """(folder, problem) for every folder whose files are not the images the rows permute.
 
         Args:
-            images: all files of the persons to compare.
+            images: all files of the persons and cameras to compare.
             pids: persons to compare, also where they have no file; default those of `images`.
+            cams: cameras to compare; default those of `images`.
         """
         files = folders_of(images)
         persons = sorted({int(p) for p in (images.pids if pids is None else pids)})
-        for cam in CAMERAS:
+        cameras = sorted({int(c) for c in (images.cams if cams is None else cams)})
+        for cam in cameras:
             for pid in persons:
                 numbers = files.get((cam, pid), np.empty(0, dtype=np.int64))
                 rows = self._values.get((cam, pid))
@@ -180,14 +192,17 @@ class Permutations(Mapping[tuple[int, int], Int64]):
 
     def without(self, images: ImageList) -> Permutations:
         """The same orders with the images in `images` (unreadable ones) struck out."""
-        left = dict(self._values)
+        left = {}
         for folder, numbers in folders_of(images).items():
-            rows = left[folder]
-            kept = ~np.isin(rows, numbers)
-            left[folder] = rows[kept].reshape(TRIALS, -1)
-        struck = object.__new__(Permutations)
-        struck.cells, struck._values = self.cells, left
-        return struck
+            rows = self._values[folder]
+            left[folder] = rows[~np.isin(rows, numbers)].reshape(TRIALS, -1)
+        return self._replaced(left)
+
+    def _replaced(self, values: Mapping[tuple[int, int], Int64]) -> Permutations:
+        """Some folders replaced by rows that need not be permutations of 1..m."""
+        other = object.__new__(Permutations)
+        other.cells, other._values = self.cells, {**self._values, **values}
+        return other
 
 
 def folder_name(cam: int, pid: int) -> str:

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from fastreid_vi.data import DataError, check_sysu
+from fastreid_vi.data.check import OFFICIAL_IDENTITIES, OFFICIAL_IMAGES, OFFICIAL_PIDS
+from tests.conftest import golden
+from tests.data.conftest import SMALL, jpeg, permutations_for, write_files, write_lists
+
+
+def findings(root: Path, **options) -> list[str]:
+    return [finding.problem for finding in check_sysu(root, **options).findings]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """A tree with the folders, counts and lists of the real data set, its files empty."""
+    root = tmp_path_factory.mktemp("real")
+    vectors = golden("eval/sysu_real_counts")
+    counts = {(c + 1, p + 1): int(n) for (c, p), n in np.ndenumerate(vectors["counts"])}
+    write_files(root, counts, lambda *_: b"")
+    write_lists(root, {s: vectors[f"{s}_id"].tolist() for s in ("train", "val", "test")})
+    permutations_for(counts).to_mat(root / "exp" / "rand_perm_cam.mat")
+    return root
+
+
+def test_the_real_counts_pass(real):
+    report = check_sysu(real, decode=False)
+    assert report.ok
+    assert report.official
+    assert report.images == OFFICIAL_IMAGES
+    assert report.pids == OFFICIAL_PIDS
+    assert report.identities == OFFICIAL_IDENTITIES == {"train": 296, "val": 99, "test": 96}
+    assert sum(map(sum, report.images.values())) == 29_033 + 15_712
+
+
+def test_a_training_image_missing_from_the_real_data(real):
+    file = real / "cam1" / "0001" / "0029.jpg"
+    file.unlink()
+    try:
+        assert findings(real, decode=False) == [
+            "cam1/0001: 28 images on disk, but rand_perm_cam.mat permutes 29",
+            "cam1: 4720 images of train, expected 4721",
+        ]
+        assert findings(real, decode=False, against="itself") == []
+    finally:
+        file.write_bytes(b"")
+
+
+def test_another_list_in_the_real_data(real):
+    path = real / "exp" / "val_id.txt"
+    text = path.read_text()
+    path.write_text(text.replace("334,", ""))
+    try:
+        report = check_sysu(real, decode=False)
+        assert report.official
+        assert report.findings[0].where == "exp/val_id.txt"
+        assert "98 identities, not the 99 of the official list" in report.findings[0].problem
+    finally:
+        path.write_text(text)
+
+
+def test_a_stand_in_is_held_against_itself(sysu):
+    seen: list[tuple[int, int]] = []
+    report = check_sysu(sysu, progress=lambda done, total: seen.append((done, total)))
+    assert report.ok
+    assert not report.official
+    assert report.identities == {"train": 3, "val": 1, "test": 3}
+    for split, pids in {"train": (3, 7, 12), "val": (9,), "test": (5, 21, 30)}.items():
+        assert report.images[split] == tuple(
+            sum(SMALL.get((cam, pid), 0) for pid in pids) for cam in range(1, 7)
+        )
+        assert report.pids[split] == tuple(
+            sum((cam, pid) in SMALL for pid in pids) for cam in range(1, 7)
+        )
+    total = sum(map(sum, report.images.values()))
+    assert report.decoded == total
+    assert seen[-1] == (total, total)
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+
+
+def test_official_counts_on_request(sysu):
+    report = check_sysu(sysu, against="official", decode=False)
+    assert not report.ok
+    assert report.decoded == 0
+    assert "cam1: 0 images of train" not in report.findings[0].problem
+    assert any("expected 4721" in f.problem for f in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("damage", "where", "problem"),
+    [
+        (lambda r: shutil.rmtree(r / "cam3"), "cam3", "camera folder cam3 is missing"),
+        (lambda r: (r / "exp/test_id.txt").unlink(), "exp/test_id.txt", "cannot be read"),
+        (lambda r: write_lists(r, {"val": [9, 3]}), "exp", "pid 3 is in train_id.txt and val_id"),
+        (lambda r: (r / "cam1/3").mkdir(), "cam1", "second folder"),
+        (
+            lambda r: (r / "cam4/0021/0001.jpg").unlink(),
+            "cam4/0021",
+            r"cam4/0021: 5 images on disk, but rand_perm_cam\.mat permutes 6",
+        ),
+        (
+            lambda r: (r / "exp/rand_perm_cam.mat").unlink(),
+            "exp/rand_perm_cam.mat",
+            "official SYSU-MM01 evaluation package",
+        ),
+        (
+            lambda r: [shutil.rmtree(r / f"cam{c}/0012") for c in (3, 6)],
+            "train 0012",
+            "train identity 0012 has no infrared image",
+        ),
+        (
+            lambda r: [shutil.rmtree(r / f"cam{c}/0009") for c in (4, 5)],
+            "val 0009",
+            "val identity 0009 has no visible image",
+        ),
+        (
+            lambda r: (r / "cam2/0003/0001.jpg").write_bytes(jpeg(0)[:200]),
+            "cam2/0003/0001.jpg",
+            r"cam2/0003/0001\.jpg: unreadable image: .*[Tt]runcated",
+        ),
+        (
+            lambda r: (r / "cam6/0030/0012.jpg").write_bytes(b"hello"),
+            "cam6/0030/0012.jpg",
+            "cannot identify image file",
+        ),
+        (
+            lambda r: savemat(r / "exp/test_id.mat", {"id": np.uint16([[5, 21, 31]])}),
+            "exp/test_id.mat",
+            r"other pids than in test_id\.txt",
+        ),
+    ],
+)
+def test_the_first_offender_is_named(sysu, damage, where, problem):
+    damage(sysu)
+    report = check_sysu(sysu)
+    assert not report.ok
+    assert report.findings[0].where == where
+    assert re.search(problem, report.findings[0].problem)
+    assert all("\n" not in finding.problem for finding in report.findings)
+
+
+def test_a_matching_twin_and_a_broken_one(sysu):
+    savemat(sysu / "exp/test_id.mat", {"id": np.uint16([[5, 21, 30]])})
+    assert check_sysu(sysu).ok
+    (sysu / "exp/test_id.mat").write_bytes(b"x")
+    assert "not a MATLAB 5 file" in findings(sysu)[0]
+
+
+def test_all_broken_images_are_listed(sysu):
+    paths = ["cam1/0003/0002.jpg", "cam4/0021/0003.jpg"]
+    for path in paths:
+        (sysu / path).write_bytes(b"")
+    report = check_sysu(sysu, threads=3)
+    assert [f.where for f in report.findings] == paths
+    assert report.decoded == sum(map(sum, report.images.values())) - 2
+    assert check_sysu(sysu, decode=False).ok
+
+
+def test_bad_calls(tmp_path, sysu):
+    with pytest.raises(DataError, match="no such folder"):
+        check_sysu(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="against"):
+        check_sysu(sysu, against="both")
+
+
+def test_an_empty_folder_is_all_findings(tmp_path):
+    report = check_sysu(tmp_path)
+    assert [f.where for f in report.findings] == [
+        *(f"cam{c}" for c in range(1, 7)),
+        *(f"exp/{s}_id.txt" for s in ("train", "val", "test")),
+        "exp/rand_perm_cam.mat",
+    ]
