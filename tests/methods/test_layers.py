@@ -1,0 +1,114 @@
+"""Layers: golden vectors through the modules, parameter names, starts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastreid_vi.layers import BNNeck, GeM, ModalityAlleviation, PatternPool
+from tests.conftest import golden
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def close(actual: Tensor, expected: np.ndarray, dtype: torch.dtype, *, gradient: bool) -> None:
+    """README tolerances: 1e-9 in float64; in float32 1e-5, gradients 1e-4 of the largest."""
+    want = torch.from_numpy(np.asarray(expected, dtype=np.float64))
+    error = (actual.detach().double() - want).abs()
+    if dtype == torch.float64:
+        assert bool((error <= 1e-9 * want.abs().clamp(min=float(want.abs().max()))).all())
+    elif gradient:
+        assert float(error.max()) <= 1e-4 * float(want.abs().max())
+    else:
+        torch.testing.assert_close(actual.detach().double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_modality_alleviation_golden(case: str, dtype: torch.dtype) -> None:
+    arrays = {k[2:]: v for k, v in golden("mpanet/mam").items() if k.startswith(f"{case}/")}
+    layer = ModalityAlleviation(arrays["x"].shape[1], int(arrays["ratio"])).to(dtype)
+    names = {"channel_attention.0.weight": "w1", "channel_attention.2.weight": "w2"}
+    layer.load_state_dict({key: torch.from_numpy(arrays[w]) for key, w in names.items()})
+    x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_()
+    y = layer(x)
+    (y * torch.from_numpy(arrays["cot"]).to(dtype)).sum().backward()
+    close(y, arrays["y"], dtype, gradient=False)
+    close(x.grad, arrays["grad_x"], dtype, gradient=True)
+    for key, w in names.items():
+        close(layer.get_parameter(key).grad, arrays[f"grad_{w}"], dtype, gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pattern_pool_golden(dtype: torch.dtype) -> None:
+    arrays = golden("mpanet/pattern_attention")
+    parts, channels = arrays["w"].shape[:2]
+    layer = PatternPool(channels, parts).to(dtype)
+    layer.load_state_dict({k: torch.from_numpy(arrays[k[0]]) for k in ("weight", "bias")})
+    x = torch.from_numpy(arrays["x"]).to(dtype).requires_grad_()
+    pooled, maps = layer(x)
+    features = torch.cat((pooled.flatten(1), x.mean(dim=(2, 3))), dim=1)
+    (features * torch.from_numpy(arrays["cot"]).to(dtype)).sum().backward()
+    close(maps, arrays["masks"], dtype, gradient=False)
+    close(features, arrays["feats"], dtype, gradient=False)
+    close(x.grad, arrays["feats_grad_x"], dtype, gradient=True)
+    close(layer.weight.grad, arrays["feats_grad_w"], dtype, gradient=True)
+    close(layer.bias.grad, arrays["feats_grad_b"], dtype, gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gem_is_the_formula(dtype: torch.dtype) -> None:
+    x = torch.rand(3, 4, 5, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = ((x**3).mean(dim=(2, 3)) + 1e-12) ** (1 / 3)
+    torch.testing.assert_close(GeM()(x), expected)
+    torch.testing.assert_close(GeM(1.0)(x), x.mean(dim=(2, 3)))
+
+
+def test_modality_alleviation_starts_kaiming() -> None:
+    torch.manual_seed(0)
+    weights = dict(ModalityAlleviation(2048).named_parameters())
+    assert {k: tuple(v.shape) for k, v in weights.items()} == {
+        "channel_attention.0.weight": (128, 2048, 1, 1),
+        "channel_attention.2.weight": (2048, 128, 1, 1),
+    }
+    reduce_std = float(weights["channel_attention.0.weight"].detach().std())
+    expand_std = float(weights["channel_attention.2.weight"].detach().std())
+    assert reduce_std == pytest.approx(math.sqrt(2 / 128), rel=0.02)
+    assert expand_std == pytest.approx(math.sqrt(2 / 2048), rel=0.02)
+
+
+def test_pattern_pool_starts_uniform() -> None:
+    torch.manual_seed(0)
+    layer = PatternPool(2048, 6)
+    bound = 1 / math.sqrt(2048)
+    assert float(layer.weight.detach().abs().max()) <= bound
+    assert float(layer.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert torch.equal(layer.bias, torch.zeros(6))
+    assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == {
+        "weight": (6, 2048, 1, 1),
+        "bias": (6,),
+    }
+
+
+def test_neck_bias_is_frozen_at_zero() -> None:
+    neck = BNNeck(8)
+    neck(torch.randn(4, 8)).square().sum().backward()
+    assert neck.weight.grad is not None
+    assert neck.bias.grad is None
+    assert torch.equal(neck.bias, torch.zeros(8))
+    assert torch.equal(neck.weight, torch.ones(8))
+    torch.manual_seed(0)
+    spread = BNNeck(4096, weight_std=0.01).weight
+    assert float(spread.detach().mean()) == pytest.approx(1.0, abs=1e-3)
+    assert float(spread.detach().std()) == pytest.approx(0.01, rel=0.05)
+
+
+def test_bad_layer_arguments() -> None:
+    with pytest.raises(ValueError, match=r"ratio: expected 1 to channels \(8\), got 16"):
+        ModalityAlleviation(8)
+    with pytest.raises(ValueError, match="weight_std: expected >= 0, got -1"):
+        BNNeck(4, weight_std=-1)
