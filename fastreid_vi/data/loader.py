@@ -91,7 +91,7 @@ class _Loader:
         floats = normalize(pixels.numpy())
         if boxes is not None:
             erase(floats, boxes)
-        chosen = torch.from_numpy(positions)
+        chosen = torch.tensor(positions)
         return Batch(
             images=torch.from_numpy(floats),
             labels=self._columns["labels"][chosen],

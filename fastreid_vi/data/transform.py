@@ -174,7 +174,7 @@ def flip_pad_crop(
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:
     """Of a window of `size` moved by `shift` over an axis of the same size: source, target."""
-    kept = size - abs(shift)
+    kept = max(size - abs(shift), 0)
     return slice(max(shift, 0), max(shift, 0) + kept), slice(max(-shift, 0), max(-shift, 0) + kept)
 
 
