@@ -68,6 +68,7 @@ class Scheduler {
   [[noreturn]] void fail(const std::string& message);  // from inside a kernel
   bool owns(const void* address) const;                // fibre stacks and the scheduler itself
   bool is_shared(const void* address) const { return shared_.contains(address); }
+  std::string memory_name(const void* address) const { return shared_.name(address); }
 
  private:
   void run_block(const std::vector<unsigned>& sequence);
@@ -89,10 +90,17 @@ class Scheduler {
 
 inline Scheduler scheduler;
 
-// The race detector looks away while one of these lives.
+// The race detector looks away while one of these lives. The compiler sees no reader of `quiet`:
+// the fences keep it from moving the kernel's own accesses across the border, or dropping the
+// border.
 struct Quietly {
-  Quietly() { scheduler.quiet = true; }
-  ~Quietly() { scheduler.quiet = false; }
+  Quietly() { set(true); }
+  ~Quietly() { set(false); }
+  static void set(bool quiet) {
+    asm volatile("" ::: "memory");
+    scheduler.quiet = quiet;
+    asm volatile("" ::: "memory");
+  }
 };
 
 inline bool same(const std::source_location& a, const std::source_location& b) {
@@ -290,9 +298,9 @@ inline std::string Scheduler::deadlock() const {
 }
 
 inline void Scheduler::enter() {
-  scheduler.quiet = false;
+  Quietly::set(false);
   (*scheduler.body_)();
-  scheduler.quiet = true;
+  Quietly::set(true);
   scheduler.current->waiting = Waiting::finished;
   scheduler.stacks_.leave(scheduler.current->fibre, true);
   std::abort();  // a finished fibre is never resumed
@@ -301,7 +309,7 @@ inline void Scheduler::enter() {
 inline void Scheduler::wait() { stacks_.leave(current->fibre, false); }
 
 [[noreturn]] inline void Scheduler::fail(const std::string& message) {
-  quiet = true;
+  Quietly::set(true);
   failure_ = "thread " + described(current->index) + " of block " + described(block_index) + ": " +
              message;
   current->waiting = Waiting::finished;

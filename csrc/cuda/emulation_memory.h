@@ -62,6 +62,18 @@ class SharedMemory {
     return {};
   }
 
+  std::string name(const void* address) const {
+    if (!contains(address)) return "global memory";
+    const size_t offset =
+        static_cast<size_t>(static_cast<const unsigned char*>(address) - memory_.data());
+    for (const Array& array : arrays_) {
+      if (offset < array.begin || offset >= array.begin + array.bytes) continue;
+      return std::string("shared array ") + array.name + ", byte " +
+             std::to_string(offset - array.begin);
+    }
+    return "shared memory outside any array";
+  }
+
   bool contains(const void* address) const {
     return address >= memory_.data() && address < memory_.data() + memory_.size();
   }

@@ -1,0 +1,174 @@
+"""Builds CUDA files for the CPU and drives the emulated library.
+
+`build` compiles csrc/cuda/*.cu with g++ (or files of a test's own) into one library, in one of two
+variants: "races" with the detector of races.cpp, "address" with the address and undefined-behaviour
+sanitizers. The library registers the same ops as `fastreid_vi._C`, for CPU tensors, as
+`torch.ops.fastreid_vi_emulated`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import toolkit
+
+HERE = Path(__file__).resolve().parent
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unknown-pragmas"]  # unroll
+VARIANTS = {
+    "races": ["-fsanitize=thread"],  # only the calls; races.cpp answers them, no runtime is linked
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ],
+}
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+
+
+def why_not() -> str | None:
+    """Why nothing can be built here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    return None if toolkit.cuda_headers() else "no CUDA headers (neither nvcc nor triton)"
+
+
+@functools.cache
+def compiler_version() -> str:
+    return _output(["g++", "--version"])
+
+
+def _output(command: list[str]) -> str:
+    """Standard output of a command; its messages in the error if it fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+def _registration(folder: Path) -> Path:
+    """The table of schemas, for the emulated namespace."""
+    text = (toolkit.ROOT / "csrc" / "registration.cpp").read_text()
+    copy = folder / "registration.cpp"
+    copy.write_text(text.replace("fastreid_vi_native", "fastreid_vi_emulated"))
+    return copy
+
+
+def _included() -> bytes:
+    headers = [*toolkit.CUDA_SOURCES.glob("*.*h"), *(toolkit.ROOT / "csrc").glob("*.h")]
+    return b"".join(path.read_bytes() for path in sorted(headers))
+
+
+def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> Path:
+    """Compile what is not yet in `folder` and link.
+
+    Args:
+        folder: keeps objects between runs, named by the hash of everything they depend on.
+        variant: "races" or "address".
+        sources: device files without PyTorch; default: every csrc/cuda/*.cu.
+    Returns:
+        Path of the shared library.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = sorted(toolkit.CUDA_SOURCES.glob("*.cu")) if sources is None else list(sources)
+    plain = [HERE / "control.cpp"]
+    flags = [*FLAGS, f"-isystem{toolkit.cuda_headers()}", f"-I{toolkit.CUDA_SOURCES}"]
+    link = ["-ldl"]
+    if sources is None:
+        import torch
+
+        library = Path(torch.__file__).parent / "lib"
+        flags += [*toolkit.torch_flags(), f"-I{sysconfig.get_path('include')}"]
+        plain.append(_registration(folder))
+        link += [f"-L{library}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}"]
+    jobs = [(source, [*flags, *VARIANTS[variant]]) for source in device]
+    if variant == "address":
+        jobs += [(source, [*flags, *VARIANTS[variant]]) for source in plain]
+        link += VARIANTS[variant]
+    else:  # the detector must not watch itself
+        jobs += [(source, [*flags, "-O2"]) for source in [*plain, HERE / "races.cpp"]]
+    common = _included() + compiler_version().encode()
+    objects = [_object(folder, source, flags, common) for source, flags in jobs]
+    missing = [
+        ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
+        for (source, flags), out in zip(jobs, objects, strict=True)
+        if not out.exists()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_replace_output, missing))
+    name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    target = folder / f"emulated-{variant}-{name}.so"
+    if not target.exists():
+        _replace_output(["g++", "-shared", *map(str, objects), *link, "-o", str(target)])
+    return target
+
+
+def _object(folder: Path, source: Path, flags: list[str], common: bytes) -> Path:
+    key = hashlib.sha256(common + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    return folder / f"{source.stem}-{key}.o"
+
+
+def _replace_output(command: list[str]) -> None:
+    """Run a compiler; its output appears whole or not at all, whoever else builds."""
+    target = Path(command[-1])
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    _output([*command[:-1], str(partial)])
+    partial.replace(target)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Environment in which Python can load a library of the "address" variant."""
+    libraries = ("libasan.so", "libubsan.so", "libstdc++.so")
+    paths = [_output(["g++", f"-print-file-name={name}"]).strip() for name in libraries]
+    options = "detect_leaks=0:abort_on_error=0"
+    return {**os.environ, "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": options}
+
+
+class Emulator:
+    """A loaded library: orders, launch count, race detector."""
+
+    def __init__(self, library: Path) -> None:
+        self.path = library
+        self.functions = ctypes.CDLL(str(library))
+        self._order = self.functions.fastreid_vi_emulation_order
+        self._order.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self._order.restype = None
+
+    @property
+    def launches(self) -> int:
+        """Kernels started since the library was loaded."""
+        return int(self.functions.fastreid_vi_emulation_launches())
+
+    def order(self, name: str, seed: int = 1) -> None:
+        """In which order threads and blocks run from now on: ascending, descending or shuffled."""
+        self._order(ORDERS[name], seed)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Without the race detector."""
+        self.functions.fastreid_vi_emulation_watch(ctypes.c_bool(False))
+        try:
+            yield
+        finally:
+            self.functions.fastreid_vi_emulation_watch(ctypes.c_bool(True))
+
+    def located(self, message: str) -> str:
+        """A detector's message with file and line in the place of code addresses."""
+
+        def line(match: re.Match[str]) -> str:
+            text = _output(["addr2line", "-s", "-e", str(self.path), match[1]]).split()[0]
+            return text
+
+        return re.sub(r"\[\+(0x[0-9a-f]+)\]", line, message)

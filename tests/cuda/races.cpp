@@ -1,0 +1,187 @@
+// A race detector for emulated kernels. g++ -fsanitize=thread puts a call before every memory
+// access of device code; instead of linking the sanitizer's own runtime, this file answers those
+// calls with CUDA's rules: two accesses to a byte, one of them a write, by different threads, are a
+// race unless the threads are of one block and a __syncthreads lies between, or of one warp and a
+// __syncwarp does. It does not matter in which order the threads happened to run. Also found:
+// shared memory read before it was written.
+#include <dlfcn.h>
+
+#include <sstream>
+#include <unordered_map>
+#include <vector>
+
+#include "emulation.h"
+
+namespace {
+
+using emulation::scheduler;
+
+enum class Kind : uint8_t { none, read, write, atomic };
+
+struct Access {
+  Kind kind = Kind::none;
+  uint16_t thread = 0;
+  unsigned block = 0, phase = 0, warp_phase = 0;
+  const void* code = nullptr;
+};
+
+// Of the reads since the last write two are enough: of different warps where there are such, else
+// of different threads. A later write that races with any of the others races with one of these.
+struct Byte {
+  Access write, reads[2];
+};
+
+constexpr uintptr_t kPage = 256;
+std::unordered_map<uintptr_t, std::vector<Byte>> pages;
+unsigned launch = 0;
+bool watching = true;
+
+unsigned warp_of(const Access& a) { return a.thread / emulation::warp_size; }
+
+bool ordered(const Access& before, const Access& now, bool shared) {
+  if (before.kind == Kind::none) return true;
+  if (before.block != now.block) return shared;  // another block's shared memory is another array
+  if (before.thread == now.thread || before.phase < now.phase) return true;
+  return warp_of(before) == warp_of(now) && before.warp_phase < now.warp_phase;
+}
+
+std::string described(const Access& access) {
+  const dim3 b = scheduler.block, g = scheduler.grid;
+  const uint3 thread{access.thread % b.x, access.thread / b.x % b.y, access.thread / (b.x * b.y)};
+  const uint3 block{access.block % g.x, access.block / g.x % g.y, access.block / (g.x * g.y)};
+  Dl_info library{};
+  dladdr(access.code, &library);
+  std::ostringstream text;
+  text << "thread " << emulation::described(thread) << " of block " << emulation::described(block)
+       << (access.kind == Kind::read    ? " reads"
+           : access.kind == Kind::write ? " writes"
+                                        : " updates atomically")
+       << " at [+0x" << std::hex
+       << static_cast<const char*>(access.code) - static_cast<const char*>(library.dli_fbase) - 1
+       << "]";
+  return text.str();
+}
+
+Byte& byte_at(uintptr_t address) {
+  static uintptr_t last = 0;  // neighbours mostly follow each other
+  static Byte* page = nullptr;
+  if (launch != scheduler.launches) {
+    pages.clear();
+    page = nullptr;
+    launch = scheduler.launches;
+  }
+  if (page == nullptr || address / kPage != last) {
+    last = address / kPage;
+    std::vector<Byte>& found = pages[last];
+    found.resize(kPage);
+    page = found.data();
+  }
+  return page[address % kPage];
+}
+
+void report(const Access& before, const Access& now, const void* address) {
+  scheduler.fail("race on " + scheduler.memory_name(address) + ": " + described(before) + ", " +
+                 described(now) + ", with no barrier between");
+}
+
+void note_read(Byte& byte, const Access& now, bool shared) {
+  Access& first = byte.reads[0];
+  Access& second = byte.reads[1];
+  if (ordered(first, now, shared) || first.thread == now.thread) {
+    first = now;
+    if (ordered(second, now, shared)) second = {};
+  } else if (ordered(second, now, shared) || warp_of(first) == warp_of(second)) {
+    second = now;
+  }
+}
+
+void check_byte(uintptr_t address, const Access& now) {
+  const void* pointer = reinterpret_cast<const void*>(address);
+  const bool shared = scheduler.is_shared(pointer);
+  Byte& byte = byte_at(address);
+  if (shared && byte.write.block != now.block) byte = {};
+  const bool both_atomic = now.kind == Kind::atomic && byte.write.kind == Kind::atomic;
+  if (!both_atomic && !ordered(byte.write, now, shared)) report(byte.write, now, pointer);
+  if (now.kind == Kind::read) {
+    if (shared && byte.write.kind == Kind::none) {
+      scheduler.fail("reads " + scheduler.memory_name(pointer) +
+                     " before it is written: " + described(now));
+    }
+    return note_read(byte, now, shared);
+  }
+  for (const Access& read : byte.reads) {
+    if (!ordered(read, now, shared)) report(read, now, pointer);
+  }
+  byte = {now, {}};
+}
+
+void observe(const void* address, size_t size, Kind kind, const void* code) {
+  if (scheduler.current == nullptr || scheduler.quiet || !watching) return;
+  if (scheduler.owns(address)) return;
+  const emulation::Quietly quietly;
+  const emulation::Thread& thread = *scheduler.current;
+  const Access now{kind,
+                   static_cast<uint16_t>(thread.linear),
+                   scheduler.block_linear,
+                   scheduler.phase,
+                   thread.warp_phase,
+                   code};
+  for (size_t i = 0; i < size; ++i) check_byte(reinterpret_cast<uintptr_t>(address) + i, now);
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) void fastreid_vi_emulation_watch(bool on) { watching = on; }
+
+void fastreid_vi_emulation_atomic(const void* address, size_t size) {
+  observe(address, size, Kind::atomic, __builtin_return_address(0));
+}
+
+#define ACCESS(size)                                                                               \
+  void __tsan_read##size(void* p) { observe(p, size, Kind::read, __builtin_return_address(0)); }   \
+  void __tsan_write##size(void* p) { observe(p, size, Kind::write, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##size(void* p) {                                                      \
+    observe(p, size, Kind::read, __builtin_return_address(0));                                     \
+  }                                                                                                \
+  void __tsan_unaligned_write##size(void* p) {                                                     \
+    observe(p, size, Kind::write, __builtin_return_address(0));                                    \
+  }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+
+void __tsan_read_range(void* p, size_t size) {
+  observe(p, size, Kind::read, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t size) {
+  observe(p, size, Kind::write, __builtin_return_address(0));
+}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+
+// Host code's reference counts and guards of static variables; no kernel has these.
+#define ATOMIC(bits, type)                                              \
+  type __tsan_atomic##bits##_load(const volatile type* p, int) {        \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                        \
+  }                                                                     \
+  void __tsan_atomic##bits##_store(volatile type* p, type v, int) {     \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                           \
+  }                                                                     \
+  type __tsan_atomic##bits##_fetch_add(volatile type* p, type v, int) { \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                  \
+  }                                                                     \
+  type __tsan_atomic##bits##_fetch_sub(volatile type* p, type v, int) { \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                  \
+  }
+ATOMIC(8, uint8_t)
+ATOMIC(32, uint32_t)
+ATOMIC(64, uint64_t)
+
+}  // extern "C"
