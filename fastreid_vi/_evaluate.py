@@ -160,7 +160,8 @@ def embed(
                     channels_last=run.channels_last,
                 )
             )
-    checkpoint = {"path": str(target.weights.parent if header else target.weights)}
+    weights = target.weights.resolve()  # `best` and `last` are links that move
+    checkpoint = {"path": str(weights.parent if header else weights)}
     checkpoint |= {"epoch": header.epoch, "step": header.step} if header else {}
     return found[0], found[1], checkpoint
 

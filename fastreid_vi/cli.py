@@ -29,6 +29,7 @@ EVAL_ON = (
     "makes the table look better than it is"
 )
 
+IMAGES = "fewest and most images of a person in a camera (2 14)"
 # What bad input raises; anything else is a fault of ours, and the line says of which type.
 EXPECTED = (UsageError, ValueError, OSError, ImportError)
 
@@ -77,6 +78,9 @@ def data_synth(args: argparse.Namespace, console: Console) -> int:
             seed=args.seed,
             height=args.height,
             width=args.width,
+            images=tuple(args.images),
+            workers=args.workers,
+            overwrite=args.overwrite,
             progress=show,
         )
     images = sum(1 for _ in args.root.rglob("*.jpg"))
@@ -122,13 +126,13 @@ def train(args: argparse.Namespace, console: Console) -> int:
     from fastreid_vi._evaluate import open_dataset
 
     dataset = open_dataset(recipe, root)
-    num_ids = training.training_split(dataset, recipe).num_ids
+    split = training.training_split(dataset, recipe)
     training.seed_everything(recipe.run.seed)
-    method = methods.from_recipe(recipe, num_ids)
+    method = methods.from_recipe(recipe, split.num_ids)
     resume = f"{PROGRAM} train --resume --run-dir {shlex.quote(str(run_dir))}"
     console.note(
-        f"{recipe.method} on {root}: {len(dataset.train)} training images, {num_ids} identities, "
-        f"{recipe.schedule.epochs} epochs; after an interruption: {resume}"
+        f"{recipe.method} on {root}: {len(split.train)} training images of {split.num_ids} "
+        f"identities, {recipe.schedule.epochs} epochs; after an interruption: {resume}"
     )
     result = training.train(
         method,
@@ -297,11 +301,14 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add("root", type=Path, metavar="DIR", help="folder to create")
     add("--layout", choices=["sysu"], default="sysu", help="SYSU-MM01's folders and files")
     add("--train-ids", type=_count, default=60, metavar="N", help="training identities (60)")
-    add("--val-ids", type=_count, default=10, metavar="N", help="identities of the val list (10)")
+    add("--val-ids", type=_count, default=12, metavar="N", help="identities of the val list (12)")
     add("--test-ids", type=_count, default=30, metavar="N", help="test identities (30)")
-    add("--seed", type=int, default=1, help="same seed, same files (1)")
-    add("--height", type=_count, default=144, metavar="PX", help="image height (144)")
-    add("--width", type=_count, default=72, metavar="PX", help="image width (72)")
+    add("--seed", type=int, default=0, help="same seed, same files (0)")
+    add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
+    add("--width", type=_count, default=64, metavar="PX", help="image width (64)")
+    add("--images", type=_count, nargs=2, default=(2, 14), metavar=("MIN", "MAX"), help=IMAGES)
+    add("--workers", type=_count, metavar="N", help="processes (one per core)")
+    add("--overwrite", action="store_true", help="replace an earlier stand-in")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -106,7 +106,7 @@ def small_multiples(
             axis.set_xlabel(xlabel)
             _whole_ticks(axis)
             if percent:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         _legend(figure, axes)
     return figure
 

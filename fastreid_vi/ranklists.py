@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastreid_vi import _page
 from fastreid_vi._page import Section
-from fastreid_vi.evaluation import Embeddings, rank_metrics
+from fastreid_vi.evaluation import Embeddings, PerQuery, rank_metrics
 from fastreid_vi.figures import Tile
 
 if TYPE_CHECKING:
@@ -77,12 +77,14 @@ def rank_list_section(
     body = []
     for group in groups.values():
         scores = [_per_query(run) for run in group]
-        precision = np.stack([score[0] for score in scores])
-        for kind, rows in pick_queries(precision, scores[0][1], queries, seed).items():
+        precision = np.stack([np.nan_to_num(score.AP) for score in scores])
+        matches = scores[0].num_pos
+        for kind, rows in pick_queries(precision, matches > 0, queries, seed).items():
             body.append(f"<h3>{kind.capitalize()} queries</h3>")
             for row in rows:
                 for run, score in zip(group, precision[:, row], strict=True):
                     label = f"<b>{_page.text(run.name)}</b><br>AP {100 * score:.0f}&nbsp;%"
+                    label += f"<br>{matches[row]} right in gallery"
                     body.append(_page.tile_row(rank_list(run, row, top=top), label))
     if not body:
         return None
@@ -104,7 +106,7 @@ def _embeddings(run: ReportedRun) -> tuple[Embeddings, Embeddings, NDArray[np.in
     return run.query, run.gallery, shown
 
 
-def _per_query(run: ReportedRun) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _per_query(run: ReportedRun) -> PerQuery:
     query, gallery, shown = _embeddings(run)
     metrics = rank_metrics(
         distances(query.features, gallery.features[shown]),
@@ -116,7 +118,7 @@ def _per_query(run: ReportedRun) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         per_query=True,
     )
     assert metrics.per_query is not None
-    return np.nan_to_num(metrics.per_query.AP), metrics.valid
+    return metrics.per_query
 
 
 def distances(queries: NDArray[Any], gallery: NDArray[Any]) -> NDArray[Any]:

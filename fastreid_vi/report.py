@@ -157,7 +157,7 @@ def _losses(runs: Sequence[ReportedRun]) -> Section | None:
     curves = {run.name: run.losses for run in runs if run.losses}
     if not curves:
         return None
-    note = "Mean of each term over an epoch; total is the weighted sum that was minimised."
+    note = "Mean of each logged term over an epoch; total is the weighted sum that was minimised."
     drawn = figures.small_multiples(curves)
     return Section("Training losses", note, _page.chart(drawn, "loss", _ends("Losses", curves)))
 
