@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from fastreid_vi.data import DataError, check_sysu
+from fastreid_vi.data import DataError, check, check_sysu
 from fastreid_vi.data.check import OFFICIAL_IDENTITIES, OFFICIAL_IMAGES, OFFICIAL_PIDS
 from tests.conftest import golden
 from tests.data.conftest import SMALL, jpeg, permutations_for, write_files, write_lists
@@ -19,20 +19,29 @@ def findings(root: Path, **options) -> list[str]:
     return [finding.problem for finding in check_sysu(root, **options).findings]
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Path:
-    """A tree with the folders, counts and lists of the real data set, its files empty."""
-    root = tmp_path_factory.mktemp("real")
+@pytest.fixture
+def real(tmp_path, monkeypatch) -> tuple[Path, dict[tuple[int, int], int]]:
+    """Lists and permutations of the real sizes; the 45,863 files are listed from the counts."""
     vectors = golden("eval/sysu_real_counts")
     counts = {(c + 1, p + 1): int(n) for (c, p), n in np.ndenumerate(vectors["counts"])}
-    write_files(root, counts, lambda *_: b"")
-    write_lists(root, {s: vectors[f"{s}_id"].tolist() for s in ("train", "val", "test")})
-    permutations_for(counts).to_mat(root / "exp" / "rand_perm_cam.mat")
-    return root
+    write_files(tmp_path, {}, lambda *_: b"")
+    write_lists(tmp_path, {s: vectors[f"{s}_id"].tolist() for s in ("train", "val", "test")})
+    permutations_for(counts).to_mat(tmp_path / "exp" / "rand_perm_cam.mat")
+
+    def scan(root, pids, cams):
+        return [
+            (cam, pid, number, f"cam{cam}/{pid:04d}/{number:04d}.jpg")
+            for (cam, pid), count in counts.items()
+            for number in range(1, count + 1)
+            if pid in pids and cam in cams
+        ]
+
+    monkeypatch.setattr(check, "scan", scan)
+    return tmp_path, counts
 
 
 def test_the_real_counts_pass(real):
-    report = check_sysu(real, decode=False)
+    report = check_sysu(real[0], decode=False)
     assert report.ok
     assert report.official
     assert report.images == OFFICIAL_IMAGES
@@ -42,29 +51,32 @@ def test_the_real_counts_pass(real):
 
 
 def test_a_training_image_missing_from_the_real_data(real):
-    file = real / "cam1" / "0001" / "0029.jpg"
-    file.unlink()
-    try:
-        assert findings(real, decode=False) == [
-            "cam1/0001: 28 images on disk, but rand_perm_cam.mat permutes 29",
-            "cam1: 4720 images of train, expected 4721",
-        ]
-        assert findings(real, decode=False, against="itself") == []
-    finally:
-        file.write_bytes(b"")
+    root, counts = real
+    counts[1, 1] -= 1
+    assert findings(root, decode=False) == [
+        "cam1/0001: 28 images on disk, but rand_perm_cam.mat permutes 29",
+        "cam1: 4720 images of train, expected 4721",
+    ]
+    assert findings(root, decode=False, against="itself") == []
+
+
+def test_a_person_missing_from_a_camera_of_the_real_data(real):
+    root, counts = real
+    images, counts[6, 6] = counts[6, 6], 0
+    assert findings(root, decode=False) == [
+        f"cam6/0006: 0 images on disk, but rand_perm_cam.mat permutes {images}",
+        f"cam6: {1920 - images} images of test, expected 1920",
+        "cam6: 95 identities of test, expected 96",
+    ]
 
 
 def test_another_list_in_the_real_data(real):
-    path = real / "exp" / "val_id.txt"
-    text = path.read_text()
-    path.write_text(text.replace("334,", ""))
-    try:
-        report = check_sysu(real, decode=False)
-        assert report.official
-        assert report.findings[0].where == "exp/val_id.txt"
-        assert "98 identities, not the 99 of the official list" in report.findings[0].problem
-    finally:
-        path.write_text(text)
+    path = real[0] / "exp" / "val_id.txt"
+    path.write_text(path.read_text().replace("334,", ""))
+    report = check_sysu(real[0], decode=False)
+    assert report.official
+    assert report.findings[0].where == "exp/val_id.txt"
+    assert "98 identities, not the 99 of the official list" in report.findings[0].problem
 
 
 def test_a_stand_in_is_held_against_itself(sysu):
