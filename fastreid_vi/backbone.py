@@ -300,8 +300,9 @@ def read_weights(weights: str, depth: int) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise half a dozen unrelated types on a damaged file
         raise WeightsError(f"weights: cannot read {weights!r}: {_first_line(error)}") from error
     return _state_dict(state, weights)
@@ -323,8 +324,8 @@ def _download(depth: int) -> dict[str, Tensor]:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise WeightsError(
             f"weights: no ImageNet weights for ResNet-{depth}: {url} cannot be downloaded "
-            f"({_first_line(error)}); put that file into {folder}, give the path of a local copy, "
-            "or 'none' to train from scratch"
+            f"or read ({_first_line(error)}); put that file into {folder}, give the path of a "
+            "local copy, or 'none' to train from scratch"
         ) from error
     return _state_dict(state, url)
 
