@@ -93,6 +93,19 @@ inline FeatureMap feature_map(const Tensor& x) {
   return map;
 }
 
+// The map with unit stride along channels (channels_last) or along positions; copies if it must.
+inline FeatureMap map_in_layout(const Tensor& x, bool channels_last) {
+  FeatureMap map = feature_map(x);
+  const int64_t length = channels_last ? map.channels : map.positions;
+  if ((channels_last ? map.channel : map.position) != 1 && length != 1) {
+    Tensor copy = empty_map(x, channels_last);
+    torch::stable::copy_(copy, x);
+    map = feature_map(copy);
+  }
+  (channels_last ? map.channel : map.position) = 1;
+  return map;
+}
+
 // Calls body(begin, end) over [0, count) with PyTorch's threads; `cost` is the work of one item in
 // elements, so that tiny inputs stay on the calling thread.
 template <typename F>

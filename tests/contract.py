@@ -1,7 +1,7 @@
 """What every op owes its users. A test class inherits it and lists `op`, `cases`, `inputs`.
 
 For each case x dtype x room x memory format: forward and every gradient against the reference in float64, the
-error at most twice that of the reference in the same dtype plus one ulp (64 in float64); `gradcheck`; `opcheck`;
+error at most twice that of the reference in the same dtype plus one ulp (4 in float32, 64 in float64); `gradcheck`; `opcheck`;
 `torch.compile(fullgraph=True)`; forward by one room, backward by another; run-to-run identical bits; no double
 backward; refusals by name; CUDA-graph capture on a GPU.
 """
@@ -90,7 +90,6 @@ class OpContract:
     dtypes: Sequence[torch.dtype] = DTYPES
     layouts: Sequence[str] = ("contiguous",)
     refused: Sequence[tuple[str, torch.dtype]] = ()  # rooms that say no to a dtype
-    gradcheck_tolerance: float = 1e-6
 
     def inputs(self, case: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         """Seeded CPU arguments for `call`; floating tensors get gradients."""
@@ -152,8 +151,8 @@ class OpContract:
         scale = exact64[finite].abs().max().item()
         error = (got64 - exact64)[finite].abs().max().item()
         allowed = 2 * (plain64 - exact64)[finite].abs().max().item()
-        # float64 has no wider truth: the reference is compared with itself, and sums differ in order.
-        ulps = 64 if got.dtype == torch.float64 else 1
+        # Sums run in another order; float64 has no wider truth to be compared with.
+        ulps = {torch.float64: 64, torch.float32: 4}.get(got.dtype, 1)
         allowed += ulps * torch.finfo(got.dtype).eps * scale
         assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
 
@@ -194,9 +193,8 @@ class OpContract:
                     return tuple(results[i] for i in keep)
 
                 with fastreid_vi.backend(room):
-                    assert torch.autograd.gradcheck(
-                        outputs, tuple(args), atol=self.gradcheck_tolerance
-                    )
+                    large = sum(a.numel() for a in args if is_float(a)) > 300
+                    assert torch.autograd.gradcheck(outputs, tuple(args), fast_mode=large)
 
     def test_opcheck(self, case: Any) -> None:
         args = self.prepared(case, torch.float32, "contiguous", "cpu")

@@ -14,7 +14,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast feature maps and weights to the autocast dtype, as convolutions do; float64 is left alone."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    if tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) for t in tensors)

@@ -1,0 +1,345 @@
+// Modality alleviation: statistics, gate and affine map of one sample at a time, so that the second
+// read of the sample comes from the cache. Channels-last maps are read as rows of channels in blocks,
+// NCHW maps as rows of positions. Sums run in short pieces, so that float32 stays accurate.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+using fastreid_vi::accumulate_t;
+using fastreid_vi::FeatureMap;
+using torch::stable::Tensor;
+
+constexpr int64_t kColumns = 256;  // channels that one pass over the positions carries
+constexpr int64_t kRun = 16;       // positions summed before they join the total
+
+// One sample of a map, or a block of its channels.
+template <typename T>
+struct Sample {
+  T* data;
+  int64_t channel, position;
+  T* at(int64_t c) const { return data + c * channel; }
+};
+
+template <typename T>
+Sample<const T> sample(const FeatureMap& map, int64_t b) {
+  return {map.tensor.const_data_ptr<T>() + b * map.batch, map.channel, map.position};
+}
+
+// total[i] = sum over positions of term(s, i), i < width <= kColumns, inner loop over i.
+template <typename A, typename F>
+[[gnu::always_inline]] inline void sum_columns(int64_t positions, int64_t width, A* total, F term) {
+  A run[kColumns];
+  std::fill(total, total + width, A(0));
+  for (int64_t first = 0; first < positions; first += kRun) {
+    const int64_t last = std::min(first + kRun, positions);
+    std::fill(run, run + width, A(0));
+    for (int64_t s = first; s < last; ++s) {
+      for (int64_t i = 0; i < width; ++i) run[i] += term(s, i);
+    }
+    for (int64_t i = 0; i < width; ++i) total[i] += run[i];
+  }
+}
+
+// Sum over positions of term(s), in kRun independent lanes.
+template <typename A, typename F>
+[[gnu::always_inline]] inline A sum_row(int64_t positions, F term) {
+  A lane[kRun] = {};
+  int64_t s = 0;
+  for (; s + kRun <= positions; s += kRun) {
+    for (int64_t i = 0; i < kRun; ++i) lane[i] += term(s + i);
+  }
+  for (int64_t i = 0; s + i < positions; ++i) lane[i] += term(s + i);
+  A total = 0;
+  for (int64_t i = 0; i < kRun; ++i) total += lane[i];
+  return total;
+}
+
+// mean[i] and rstd[i] of `width` channels; two passes and sums shifted by the first position, so that
+// a large mean costs no precision.
+template <typename T, typename A>
+FASTREID_VI_CLONES void statistics_columns(const T* x, int64_t stride, int64_t positions,
+                                           int64_t width, A eps, A* mean, A* rstd) {
+  const A n = static_cast<A>(positions);
+  sum_columns(positions, width, mean, [&](int64_t s, int64_t i) {
+    return static_cast<A>(x[s * stride + i]) - static_cast<A>(x[i]);
+  });
+  for (int64_t i = 0; i < width; ++i) mean[i] = static_cast<A>(x[i]) + mean[i] / n;
+  sum_columns(positions, width, rstd, [&](int64_t s, int64_t i) {
+    const A d = static_cast<A>(x[s * stride + i]) - mean[i];
+    return d * d;
+  });
+  for (int64_t i = 0; i < width; ++i) rstd[i] = A(1) / std::sqrt(rstd[i] / n + eps);
+}
+
+template <typename T, typename A>
+FASTREID_VI_CLONES void statistics_row(const T* x, int64_t positions, A eps, A* mean, A* rstd) {
+  const A n = static_cast<A>(positions);
+  const A shift = static_cast<A>(x[0]);
+  const A mu =
+      shift + sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(x[s]) - shift; }) / n;
+  const A square = sum_row<A>(positions, [&](int64_t s) {
+    const A d = static_cast<A>(x[s]) - mu;
+    return d * d;
+  });
+  *mean = mu;
+  *rstd = A(1) / std::sqrt(square / n + eps);
+}
+
+// out = keep x + pull (x - mean)
+template <typename T, typename A>
+FASTREID_VI_CLONES void blend_columns(const T* x, const A* keep, const A* pull, const A* mean,
+                                      int64_t width, T* out) {
+  for (int64_t i = 0; i < width; ++i) {
+    const A v = static_cast<A>(x[i]);
+    out[i] = static_cast<T>(keep[i] * v + pull[i] * (v - mean[i]));
+  }
+}
+
+template <typename T, typename A>
+FASTREID_VI_CLONES void blend_row(const T* x, A keep, A pull, A mean, int64_t positions, T* out) {
+  for (int64_t s = 0; s < positions; ++s) {
+    const A v = static_cast<A>(x[s]);
+    out[s] = static_cast<T>(keep * v + pull * (v - mean));
+  }
+}
+
+// sum_g = sum of g, sum_gc = sum of g (x - mean)
+template <typename T, typename A>
+FASTREID_VI_CLONES void gradient_sums_columns(const T* g, int64_t g_stride, const T* x,
+                                              int64_t x_stride, int64_t positions, int64_t width,
+                                              const A* mean, A* sum_g, A* sum_gc) {
+  sum_columns(positions, width, sum_g,
+              [&](int64_t s, int64_t i) { return static_cast<A>(g[s * g_stride + i]); });
+  sum_columns(positions, width, sum_gc, [&](int64_t s, int64_t i) {
+    return static_cast<A>(g[s * g_stride + i]) * (static_cast<A>(x[s * x_stride + i]) - mean[i]);
+  });
+}
+
+template <typename T, typename A>
+FASTREID_VI_CLONES void gradient_sums_row(const T* g, const T* x, int64_t positions, A mean,
+                                          A* sum_g, A* sum_gc) {
+  *sum_g = sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(g[s]); });
+  *sum_gc = sum_row<A>(positions, [&](int64_t s) {
+    return static_cast<A>(g[s]) * (static_cast<A>(x[s]) - mean);
+  });
+}
+
+// dx = on_g g + on_x (x - mean) + offset
+template <typename T, typename A>
+FASTREID_VI_CLONES void gradient_columns(const T* g, const T* x, const A* on_g, const A* on_x,
+                                         const A* mean, const A* offset, int64_t width, T* dx) {
+  for (int64_t i = 0; i < width; ++i) {
+    const A centred = static_cast<A>(x[i]) - mean[i];
+    dx[i] = static_cast<T>(on_g[i] * static_cast<A>(g[i]) + on_x[i] * centred + offset[i]);
+  }
+}
+
+template <typename T, typename A>
+FASTREID_VI_CLONES void gradient_row(const T* g, const T* x, A on_g, A on_x, A mean, A offset,
+                                     int64_t positions, T* dx) {
+  for (int64_t s = 0; s < positions; ++s) {
+    dx[s] = static_cast<T>(on_g * static_cast<A>(g[s]) + on_x * (static_cast<A>(x[s]) - mean) +
+                           offset);
+  }
+}
+
+// The two small matrices of the gate, [hidden, C] and [C, hidden], in the accumulation type.
+template <typename A>
+struct Gate {
+  int64_t hidden, channels;
+  std::vector<A> reduce, expand;
+
+  template <typename T>
+  Gate(const Tensor& w1, const Tensor& w2, const T*)
+      : hidden(w1.size(0)), channels(w1.size(1)), reduce(copy<T>(w1)), expand(copy<T>(w2)) {}
+
+  template <typename T>
+  static std::vector<A> copy(const Tensor& weight) {
+    const Tensor dense = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+    const T* first = dense.const_data_ptr<T>();
+    return std::vector<A>(first, first + dense.numel());
+  }
+};
+
+template <typename A>
+FASTREID_VI_CLONES A dot(const A* a, const A* b, int64_t n) {
+  return sum_row<A>(n, [&](int64_t i) { return a[i] * b[i]; });
+}
+
+template <typename A>
+FASTREID_VI_CLONES void add_scaled(A scale, const A* x, int64_t n, A* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
+}
+
+template <typename A>
+void squeeze(const Gate<A>& gate, const A* mean, A* hidden) {
+  for (int64_t j = 0; j < gate.hidden; ++j) {
+    hidden[j] = std::max(dot(gate.reduce.data() + j * gate.channels, mean, gate.channels), A(0));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> modality_alleviation(const Tensor& features,
+                                                                const Tensor& reduce_weight,
+                                                                const Tensor& expand_weight,
+                                                                double eps) {
+  const bool columns = fastreid_vi::is_channels_last(features);
+  const FeatureMap map = fastreid_vi::map_in_layout(features, columns);
+  const int64_t channels = map.channels, positions = map.positions;
+  Tensor out = fastreid_vi::empty_map(features, columns);
+  const FeatureMap to = fastreid_vi::map_in_layout(out, columns);
+  const auto kind = fastreid_vi::accumulate_type(features.scalar_type());
+  const auto statistic = [&] {
+    return torch::stable::new_empty(features, {map.batches, channels}, kind);
+  };
+  Tensor mean = statistic(), rstd = statistic(), gates = statistic();
+  fastreid_vi::for_floating(features.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const Gate<A> gate(reduce_weight, expand_weight, static_cast<const T*>(nullptr));
+    A *means = mean.mutable_data_ptr<A>(), *rstds = rstd.mutable_data_ptr<A>();
+    A* opened = gates.mutable_data_ptr<A>();
+    T* y = out.mutable_data_ptr<T>();
+    fastreid_vi::parallel(map.batches, channels * positions, [&](int64_t from, int64_t until) {
+      std::vector<A> hidden(static_cast<size_t>(gate.hidden)), pull(static_cast<size_t>(channels));
+      for (int64_t b = from; b < until; ++b) {
+        const auto x = sample<T>(map, b);
+        A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
+        if (columns) {
+          for (int64_t c = 0; c < channels; c += kColumns) {
+            statistics_columns(x.at(c), x.position, positions, std::min(kColumns, channels - c),
+                               static_cast<A>(eps), mu + c, q + c);
+          }
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            statistics_row(x.at(c), positions, static_cast<A>(eps), mu + c, q + c);
+          }
+        }
+        squeeze(gate, mu, hidden.data());
+        for (int64_t c = 0; c < channels; ++c) {
+          const A z = dot(gate.expand.data() + c * gate.hidden, hidden.data(), gate.hidden);
+          m[c] = A(1) / (A(1) + std::exp(-z));
+          pull[c] = (A(1) - m[c]) * q[c];
+        }
+        T* into = y + b * to.batch;
+        if (columns) {
+          for (int64_t s = 0; s < positions; ++s) {
+            blend_columns(x.data + s * x.position, m, pull.data(), mu, channels,
+                          into + s * to.position);
+          }
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            blend_row(x.at(c), m[c], pull[c], mu[c], positions, into + c * to.channel);
+          }
+        }
+      }
+    });
+  });
+  return {out, mean, rstd, gates};
+}
+
+// The gradient of one sample through its gate; leaves dz [C] and dh [hidden] for the weights.
+template <typename A>
+void gate_gradient(const Gate<A>& gate, const A* mean, const A* rstd, const A* m, const A* sum_g,
+                   const A* sum_gc, A* hidden, A* dz, A* dh, A* dmean) {
+  squeeze(gate, mean, hidden);
+  std::fill(dh, dh + gate.hidden, A(0));
+  std::fill(dmean, dmean + gate.channels, A(0));
+  for (int64_t c = 0; c < gate.channels; ++c) {
+    const A dm = mean[c] * sum_g[c] + (A(1) - rstd[c]) * sum_gc[c];  // sum of dy (x - xn)
+    dz[c] = dm * m[c] * (A(1) - m[c]);
+    add_scaled(dz[c], gate.expand.data() + c * gate.hidden, gate.hidden, dh);
+  }
+  for (int64_t j = 0; j < gate.hidden; ++j) {
+    if (hidden[j] <= A(0)) dh[j] = A(0);
+    add_scaled(dh[j], gate.reduce.data() + j * gate.channels, gate.channels, dmean);
+  }
+}
+
+// dw[r, :] = sum over samples of rows[b, r] * columns[b, :], samples in order.
+template <typename T, typename A>
+void outer_sums(const std::vector<A>& rows, int64_t height, const std::vector<A>& columns,
+                int64_t width, int64_t batches, T* dw) {
+  fastreid_vi::parallel(height, width * batches, [&](int64_t from, int64_t until) {
+    std::vector<A> total(static_cast<size_t>(width));
+    for (int64_t r = from; r < until; ++r) {
+      std::fill(total.begin(), total.end(), A(0));
+      for (int64_t b = 0; b < batches; ++b) {
+        add_scaled(rows[b * height + r], columns.data() + b * width, width, total.data());
+      }
+      for (int64_t i = 0; i < width; ++i) dw[r * width + i] = static_cast<T>(total[i]);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
+    const Tensor& grad, const Tensor& features, const Tensor& reduce_weight,
+    const Tensor& expand_weight, const Tensor& mean, const Tensor& rstd, const Tensor& gates) {
+  const bool columns = fastreid_vi::is_channels_last(features);
+  const FeatureMap map = fastreid_vi::map_in_layout(features, columns);
+  const FeatureMap given = fastreid_vi::map_in_layout(grad, columns);
+  const int64_t channels = map.channels, positions = map.positions, batches = map.batches;
+  Tensor out = fastreid_vi::empty_map(features, columns);
+  const FeatureMap to = fastreid_vi::map_in_layout(out, columns);
+  Tensor grad_reduce = torch::stable::new_empty(reduce_weight, reduce_weight.sizes());
+  Tensor grad_expand = torch::stable::new_empty(expand_weight, expand_weight.sizes());
+  fastreid_vi::for_floating(features.scalar_type(), [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const Gate<A> gate(reduce_weight, expand_weight, static_cast<const T*>(nullptr));
+    const A* means = mean.const_data_ptr<A>();
+    const A *rstds = rstd.const_data_ptr<A>(), *opened = gates.const_data_ptr<A>();
+    T* dx = out.mutable_data_ptr<T>();
+    const auto buffer = [](int64_t n) { return std::vector<A>(static_cast<size_t>(n)); };
+    auto hidden = buffer(batches * gate.hidden), dh = buffer(batches * gate.hidden);
+    auto dz = buffer(batches * channels), mu_all = std::vector<A>(means, means + batches * channels);
+    const A n = static_cast<A>(positions);
+    fastreid_vi::parallel(batches, channels * positions, [&](int64_t from, int64_t until) {
+      auto sum_g = buffer(channels), sum_gc = buffer(channels), dmean = buffer(channels);
+      auto on_g = buffer(channels), on_x = buffer(channels), offset = buffer(channels);
+      for (int64_t b = from; b < until; ++b) {
+        const auto x = sample<T>(map, b), g = sample<T>(given, b);
+        const A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
+        for (int64_t c = 0; c < channels; c += columns ? kColumns : 1) {
+          if (columns) {
+            gradient_sums_columns(g.at(c), g.position, x.at(c), x.position, positions,
+                                  std::min(kColumns, channels - c), mu + c, &sum_g[c], &sum_gc[c]);
+          } else {
+            gradient_sums_row(g.at(c), x.at(c), positions, mu[c], &sum_g[c], &sum_gc[c]);
+          }
+        }
+        gate_gradient(gate, mu, q, m, sum_g.data(), sum_gc.data(), &hidden[b * gate.hidden],
+                      &dz[b * channels], &dh[b * gate.hidden], dmean.data());
+        for (int64_t c = 0; c < channels; ++c) {
+          const A pull = (A(1) - m[c]) * q[c];
+          on_g[c] = m[c] + pull;
+          on_x[c] = -pull * q[c] * q[c] * sum_gc[c] / n;
+          offset[c] = (dmean[c] - pull * sum_g[c]) / n;
+        }
+        T* into = dx + b * to.batch;
+        for (int64_t s = 0; columns && s < positions; ++s) {
+          gradient_columns(g.data + s * g.position, x.data + s * x.position, on_g.data(),
+                           on_x.data(), mu, offset.data(), channels, into + s * to.position);
+        }
+        for (int64_t c = 0; !columns && c < channels; ++c) {
+          gradient_row(g.at(c), x.at(c), on_g[c], on_x[c], mu[c], offset[c], positions,
+                       into + c * to.channel);
+        }
+      }
+    });
+    outer_sums(dh, gate.hidden, mu_all, channels, batches, grad_reduce.mutable_data_ptr<T>());
+    outer_sums(dz, channels, hidden, gate.hidden, batches, grad_expand.mutable_data_ptr<T>());
+  });
+  return {out, grad_reduce, grad_expand};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastreid_vi_native, CPU, m) {
+  m.impl("modality_alleviation", TORCH_BOX(&modality_alleviation));
+  m.impl("modality_alleviation_backward", TORCH_BOX(&modality_alleviation_backward));
+}
