@@ -32,8 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from fastreid_vi._dispatch import OPS
 
-    rooms = ("reference", *OPS[cls.op].backends)
-    gpu = pytest.mark.gpu
+    emulated = getattr(cls, "emulated", False)  # tests/cuda: CUDA rooms on CPU tensors
+    rooms = ("cuda",) if emulated else ("reference", *OPS[cls.op].backends)
+    gpu = () if emulated else pytest.mark.gpu
     values = {
         "case": cls.cases,
         "dtype": cls.dtypes,

@@ -23,6 +23,10 @@ constexpr int kPoolWarps = kPoolThreads / kWarp;
 template <typename T>
 constexpr int kPoolColumns = kWarp * Vector<T>::size;
 
+// Positions in flight per thread. powf itself fills the time of a load; unrolled, pow would spill.
+template <bool cube>
+constexpr int kPoolUnroll = cube ? 4 : 1;
+
 // x^p. `cube`: p is 3, the published exponent, and no call to powf is compiled in; otherwise p
 // decides, alike for all threads.
 template <bool cube, typename A>
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   A sum[size] = {};
   if (first + lane * size < shape.channels) {
     const T* column = x + sample * strides.batch + first + lane * size;
-#pragma unroll 4
+#pragma unroll kPoolUnroll<cube>
     for (int s = warp; s < shape.positions; s += kPoolWarps) {
       const Vector<T> v = load_vector(column + s * strides.position);
 #pragma unroll
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (int i = 0; i < size; ++i) scale[i] = scales[lane * size + i];
   const T* from = x + sample * strides.batch + channel;
   T* to = dx + sample * dx_strides.batch + channel;
-#pragma unroll 4
+#pragma unroll kPoolUnroll<cube>
   for (int s = warp; s < shape.positions; s += kPoolWarps) {
     Vector<T> v = load_vector(from + s * strides.position);
 #pragma unroll

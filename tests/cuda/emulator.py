@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import toolkit
+from tests.cuda import toolkit
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -46,16 +44,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def compiler_version() -> str:
-    return _output(["g++", "--version"])
-
-
-def _output(command: list[str]) -> str:
-    """Standard output of a command; its messages in the error if it fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return done.stdout
+    return toolkit.run(["g++", "--version"]).stdout
 
 
 def _registration(folder: Path) -> Path:
@@ -64,11 +53,6 @@ def _registration(folder: Path) -> Path:
     copy = folder / "registration.cpp"
     copy.write_text(text.replace("fastreid_vi_native", "fastreid_vi_emulated"))
     return copy
-
-
-def _included() -> bytes:
-    headers = [*toolkit.CUDA_SOURCES.glob("*.*h"), *(toolkit.ROOT / "csrc").glob("*.h")]
-    return b"".join(path.read_bytes() for path in sorted(headers))
 
 
 def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> Path:
@@ -99,39 +83,30 @@ def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> 
         link += VARIANTS[variant]
     else:  # the detector must not watch itself
         jobs += [(source, [*flags, "-O2"]) for source in [*plain, HERE / "races.cpp"]]
-    common = _included() + compiler_version().encode()
-    objects = [_object(folder, source, flags, common) for source, flags in jobs]
-    missing = [
-        ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
-        for (source, flags), out in zip(jobs, objects, strict=True)
-        if not out.exists()
+    made = [
+        (
+            folder / f"{source.stem}-{toolkit.key(source, flags, compiler_version())}.o",
+            source,
+            flags,
+        )
+        for source, flags in jobs
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_replace_output, missing))
-    name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    target = folder / f"emulated-{variant}-{name}.so"
-    if not target.exists():
-        _replace_output(["g++", "-shared", *map(str, objects), *link, "-o", str(target)])
+        list(pool.map(lambda job: _compile(*job), made))
+    objects = [str(target) for target, _, _ in made]
+    target = folder / f"emulated-{variant}-{toolkit.key(objects)}.so"
+    toolkit.produce(["g++", "-shared", *objects, *link], target)
     return target
 
 
-def _object(folder: Path, source: Path, flags: list[str], common: bytes) -> Path:
-    key = hashlib.sha256(common + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-    return folder / f"{source.stem}-{key}.o"
-
-
-def _replace_output(command: list[str]) -> None:
-    """Run a compiler; its output appears whole or not at all, whoever else builds."""
-    target = Path(command[-1])
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    _output([*command[:-1], str(partial)])
-    partial.replace(target)
+def _compile(target: Path, source: Path, flags: list[str]) -> None:
+    toolkit.produce(["g++", *flags, "-x", "c++", "-c", str(source)], target)
 
 
 def sanitizer_environment() -> dict[str, str]:
     """Environment in which Python can load a library of the "address" variant."""
     libraries = ("libasan.so", "libubsan.so", "libstdc++.so")
-    paths = [_output(["g++", f"-print-file-name={name}"]).strip() for name in libraries]
+    paths = [toolkit.run(["g++", f"-print-file-name={name}"]).stdout.strip() for name in libraries]
     options = "detect_leaks=0:abort_on_error=0"
     return {**os.environ, "LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": options}
 
@@ -168,7 +143,7 @@ class Emulator:
         """A detector's message with file and line in the place of code addresses."""
 
         def line(match: re.Match[str]) -> str:
-            text = _output(["addr2line", "-s", "-e", str(self.path), match[1]]).split()[0]
-            return text
+            found = toolkit.run(["addr2line", "-s", "-e", str(self.path), match[1]])
+            return found.stdout.split()[0]
 
         return re.sub(r"\[\+(0x[0-9a-f]+)\]", line, message)

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import emulator
 import numpy as np
 import pytest
+
+from tests.cuda import emulator
 
 HERE = Path(__file__).resolve().parent
 THREADS = 64

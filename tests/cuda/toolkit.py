@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,39 @@ def torch_flags() -> list[str]:
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-DPy_LIMITED_API=0x030A0000",
         "-DUSE_CUDA",
-        f"-isystem{Path(torch.__file__).parent / 'include'}",
+        "-isystem",
+        str(Path(torch.__file__).parent / "include"),
         f"-I{ROOT / 'csrc'}",
     ]
+
+
+def run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Run a tool; its messages in the error if it fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # no tool needs ours
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def produce(command: Sequence[str], target: Path) -> None:
+    """Run a compiler, no warnings; its output appears whole or not at all, whoever else builds."""
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    messages = run([*command, "-o", partial]).stderr
+    if "warning" in messages:
+        raise RuntimeError(messages)
+    partial.replace(target)
+
+
+def key(*parts: object) -> str:
+    """A name for what the CUDA headers and these parts lead to."""
+    headers = [*CUDA_SOURCES.glob("*.*h"), *(ROOT / "csrc").glob("*.h")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(headers)))
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache
@@ -106,9 +137,7 @@ def usage(cubin: Path) -> Iterator[Usage]:
     assert cuobjdump is not None
 
     def output(*arguments: str) -> str:
-        done = subprocess.run(
-            [cuobjdump, *arguments, cubin], capture_output=True, text=True, check=True
-        )
+        done = run([cuobjdump, *arguments, cubin])
         return done.stdout + done.stderr
 
     resources = {m[1]: m.groups()[1:] for m in _RESOURCES.finditer(output("-res-usage"))}
@@ -132,5 +161,5 @@ def demangled(symbol: str) -> str:
     tool = binary_tool("c++filt")
     if tool is None:
         return symbol
-    text = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout.strip()
+    text = run([tool, symbol]).stdout.strip()
     return re.sub(r"\(.*|^void |fastreid_vi::|\(anonymous namespace\)::", "", text)

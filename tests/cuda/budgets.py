@@ -1,0 +1,28 @@
+"""What each CUDA kernel may cost, for every type and architecture it is compiled for.
+
+A budget is a promise about occupancy and memory width, read off the compiler's output with a little
+room; raise one only with a measurement that shows the kernel is not slower for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    registers: int  # per thread; 64 lets 1024 threads share an SM, 40 lets 1536
+    shared: int = (
+        0  # static bytes per block, without the 1 KiB that the system takes on sm_90 and later
+    )
+    wide_loads: bool = True  # 128-bit loads from global memory
+    wide_stores: bool = False  # 128-bit stores
+
+
+BUDGETS = {
+    # csrc/cuda/pool.cu
+    "gem_pool_channels_last_kernel": Budget(registers=48, shared=8192),
+    "gem_pool_positions_kernel": Budget(registers=48),
+    "gem_pool_backward_channels_last_kernel": Budget(registers=48, shared=1024, wide_stores=True),
+    "gem_pool_backward_positions_kernel": Budget(registers=48, wide_stores=True),
+}
