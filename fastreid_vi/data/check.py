@@ -40,9 +40,12 @@ class Finding:
     """One thing that is wrong."""
 
     where: str
-    """File or folder, relative to the data set where possible."""
+    """The offender: a file or folder inside the data set."""
     problem: str
-    """One line that names the offender."""
+    """What is wrong with it, without its name."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,14 @@ def check_sysu(
     findings: list[Finding] = []
     present = [cam for cam in CAMERAS if (folder / f"cam{cam}").is_dir()]
     findings += [
-        Finding(f"cam{cam}", f"camera folder cam{cam} is missing")
-        for cam in CAMERAS
-        if cam not in present
+        Finding(f"cam{cam}", "camera folder is missing") for cam in CAMERAS if cam not in present
     ]
     ids = _lists(folder, findings)
     official = against == "official" or (
         against == "auto" and any(_crc(pids) == OFFICIAL_LISTS[s] for s, pids in ids.items())
     )
-    images = _index(folder, present, ids, findings)
-    findings += _disagreements(folder, images, ids, present, every_split=official)
+    images, scanned = _index(folder, present, ids, findings)
+    findings += _disagreements(folder, images, ids, scanned, every_split=official)
     findings += _missing_modalities(images, ids)
     counts, persons = _counts(images, ids)
     if official:
@@ -121,7 +122,7 @@ def check_sysu(
     if decode:
         broken = broken_images(images, threads=threads, progress=progress)
         decoded = len(images) - len(broken)
-        findings += [Finding(images.paths[i], problem) for i, problem in sorted(broken.items())]
+        findings += [_finding(folder, problem) for i, problem in sorted(broken.items())]
     return SysuReport(
         root=str(folder),
         official=official,
@@ -160,12 +161,12 @@ def _lists(root: Path, findings: list[Finding]) -> dict[str, list[int]]:
         try:
             ids[split] = read_ids(root / "exp" / f"{split}_id.txt")
         except DataError as error:
-            findings.append(Finding(f"exp/{split}_id.txt", str(error)))
+            findings.append(_finding(root, error))
     if len(ids) == len(SPLITS):
         try:
             read_splits(root)
         except DataError as error:
-            findings.append(Finding("exp", str(error)))
+            findings.append(_finding(root, error))
     for split, pids in ids.items():
         twin = root / "exp" / f"{split}_id.mat"
         if twin.is_file() and (problem := _twin_problem(twin, pids)):
@@ -180,21 +181,23 @@ def _twin_problem(twin: Path, pids: Sequence[int]) -> str | None:
         with twin.open("rb") as stream:
             listed = np.asarray(loadmat(stream)["id"]).ravel().tolist()
     except Exception as error:  # scipy raises many kinds on a damaged file
-        return f"{twin}: not a MATLAB 5 file with the variable id: {error}"
-    return None if listed == list(pids) else f"{twin}: other pids than in {twin.stem}.txt"
+        return f"not a MATLAB 5 file with the variable id: {error}"
+    return None if listed == list(pids) else f"other pids than in {twin.stem}.txt"
 
 
 def _index(
     root: Path, cams: Sequence[int], ids: dict[str, list[int]], findings: list[Finding]
-) -> ImageList:
+) -> tuple[ImageList, list[int]]:
+    """Images of all splits, and the cameras that could be listed."""
     wanted = {pid for pids in ids.values() for pid in pids}
-    records = []
+    records, scanned = [], []
     for cam in cams:
         try:
             records += scan(root, wanted, [cam])
+            scanned.append(cam)
         except DataError as error:
-            findings.append(Finding(f"cam{cam}", str(error)))
-    return image_list_of(root, records, {})
+            findings.append(_finding(root, error))
+    return image_list_of(root, records, {}), scanned
 
 
 def _disagreements(
@@ -210,11 +213,11 @@ def _disagreements(
     try:
         permutations = Permutations.from_mat(file)
     except DataError as error:
-        yield Finding("exp/rand_perm_cam.mat", str(error))
+        yield _finding(root, error)
         return
     pids = [pid for split in (SPLITS if every_split else ("test",)) for pid in ids.get(split, ())]
-    for folder, problem in permutations.disagreements(images, pids, cams):
-        yield Finding(folder, problem)
+    for problem in permutations.disagreements(images, pids, cams):
+        yield _finding(root, problem)
 
 
 def _missing_modalities(images: ImageList, ids: dict[str, list[int]]) -> Iterator[Finding]:
@@ -225,11 +228,11 @@ def _missing_modalities(images: ImageList, ids: dict[str, list[int]]) -> Iterato
             for modality, name in names.items():
                 if pid not in seen[modality]:
                     yield Finding(
-                        f"{split} {pid:04d}", f"{split} identity {pid:04d} has no {name} image"
+                        f"exp/{split}_id.txt", f"{split} identity {pid:04d} has no {name} image"
                     )
     for modality, name in names.items():
         if "test" in ids and not seen[modality] & set(ids["test"]):
-            yield Finding("test", f"test identities have no {name} image at all")
+            yield Finding("exp/test_id.txt", f"test identities have no {name} image at all")
 
 
 def _counts(
@@ -253,7 +256,7 @@ def _against_official(
         if _crc(pids) != OFFICIAL_LISTS[split]:
             yield Finding(
                 f"exp/{split}_id.txt",
-                f"exp/{split}_id.txt: {len(pids)} identities, not the "
+                f"{len(pids)} identities, not the "
                 f"{OFFICIAL_IDENTITIES[split]} of the official list",
             )
     for what, found, known in (
@@ -263,9 +266,13 @@ def _against_official(
         for split in SPLITS:
             for cam, got, expected in zip(CAMERAS, found[split], known[split], strict=True):
                 if got != expected:
-                    yield Finding(
-                        f"cam{cam}", f"cam{cam}: {got} {what} of {split}, expected {expected}"
-                    )
+                    yield Finding(f"cam{cam}", f"{got} {what} of {split}, expected {expected}")
+
+
+def _finding(root: Path, problem: str | DataError) -> Finding:
+    """Messages begin with the path they are about, mostly in full."""
+    where, _, text = str(problem).removeprefix(f"{root}/").partition(": ")
+    return Finding(where, text)
 
 
 def _crc(pids: Sequence[int]) -> int:

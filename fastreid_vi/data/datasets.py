@@ -224,7 +224,7 @@ def _images_of(folder: Path, cam: int, pid: int) -> list[Record]:
 def _listing(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
 

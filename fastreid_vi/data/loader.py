@@ -6,6 +6,7 @@ batch holds depends on (seed, epoch, batch, slot) only: not on workers, nor on w
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
@@ -235,7 +236,7 @@ def _run(reader: _Reader, tasks: list[_Task], workers: int) -> Iterator[_Raw | s
         collate_fn=_as_is,
         prefetch_factor=_AHEAD,
         multiprocessing_context=_start_method(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=functools.partial(_begin_worker, os.getpid()),
         # The default would draw from, and so move, the global generator of the training run.
         generator=torch.Generator(),
     )
@@ -251,7 +252,10 @@ def _start_method() -> str:
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _begin_worker(parent: int, worker: int) -> None:
     # Ctrl-C reaches the whole process group. The training process decides what to do and ends its
     # workers; should it die, they notice and leave by themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They notice a change of parent: one killed while this process started would never be missed.
+    if os.getppid() != parent:
+        os._exit(1)

@@ -154,7 +154,7 @@ class Permutations(Mapping[tuple[int, int], Int64]):
         Raises:
             DataError: the first folder that disagrees.
         """
-        for _, problem in self.disagreements(images, pids, cams):
+        for problem in self.disagreements(images, pids, cams):
             raise DataError(problem)
 
     def disagreements(
@@ -162,8 +162,8 @@ class Permutations(Mapping[tuple[int, int], Int64]):
         images: ImageList,
         pids: Iterable[int] | None = None,
         cams: Iterable[int] | None = None,
-    ) -> Iterator[tuple[str, str]]:
-        """(folder, problem) for every folder whose files are not the images the rows permute.
+    ) -> Iterator[str]:
+        """One line for every folder whose files are not the images its rows permute.
 
         Args:
             images: all files of the persons and cameras to compare.
@@ -181,14 +181,11 @@ class Permutations(Mapping[tuple[int, int], Int64]):
                 name = folder_name(cam, pid)
                 if len(numbers) != expected:
                     yield (
-                        name,
-                        (
-                            f"{name}: {len(numbers)} images on disk, "
-                            f"but {VARIABLE}.mat permutes {expected}"
-                        ),
+                        f"{name}: {len(numbers)} images on disk, "
+                        f"but {VARIABLE}.mat permutes {expected}"
                     )
                 elif rows is not None and not np.array_equal(numbers, np.sort(rows[0])):
-                    yield name, f"{name}: image numbers on disk are not 1..{expected}"
+                    yield f"{name}: image numbers on disk are not 1..{expected}"
 
     def without(self, images: ImageList) -> Permutations:
         """The same orders with the images in `images` (unreadable ones) struck out."""

@@ -16,7 +16,7 @@ from tests.data.conftest import SMALL, jpeg, permutations_for, write_files, writ
 
 
 def findings(root: Path, **options) -> list[str]:
-    return [finding.problem for finding in check_sysu(root, **options).findings]
+    return [str(finding) for finding in check_sysu(root, **options).findings]
 
 
 @pytest.fixture
@@ -102,17 +102,17 @@ def test_official_counts_on_request(sysu):
     report = check_sysu(sysu, against="official", decode=False)
     assert not report.ok
     assert report.decoded == 0
-    assert "cam1: 0 images of train" not in report.findings[0].problem
+    assert "cam1: 0 images of train" not in str(report.findings[0])
     assert any("expected 4721" in f.problem for f in report.findings)
 
 
 @pytest.mark.parametrize(
     ("damage", "where", "problem"),
     [
-        (lambda r: shutil.rmtree(r / "cam3"), "cam3", "camera folder cam3 is missing"),
+        (lambda r: shutil.rmtree(r / "cam3"), "cam3", "cam3: camera folder is missing"),
         (lambda r: (r / "exp/test_id.txt").unlink(), "exp/test_id.txt", "cannot be read"),
         (lambda r: write_lists(r, {"val": [9, 3]}), "exp", "pid 3 is in train_id.txt and val_id"),
-        (lambda r: (r / "cam1/3").mkdir(), "cam1", "second folder"),
+        (lambda r: (r / "cam1/3").mkdir(), "cam1/3", "pid 3 has a second folder 0003"),
         (
             lambda r: (r / "cam4/0021/0001.jpg").unlink(),
             "cam4/0021",
@@ -125,12 +125,12 @@ def test_official_counts_on_request(sysu):
         ),
         (
             lambda r: [shutil.rmtree(r / f"cam{c}/0012") for c in (3, 6)],
-            "train 0012",
+            "exp/train_id.txt",
             "train identity 0012 has no infrared image",
         ),
         (
             lambda r: [shutil.rmtree(r / f"cam{c}/0009") for c in (4, 5)],
-            "val 0009",
+            "exp/val_id.txt",
             "val identity 0009 has no visible image",
         ),
         (
@@ -155,7 +155,8 @@ def test_the_first_offender_is_named(sysu, damage, where, problem):
     report = check_sysu(sysu)
     assert not report.ok
     assert report.findings[0].where == where
-    assert re.search(problem, report.findings[0].problem)
+    assert re.search(problem, str(report.findings[0]))
+    assert str(sysu) not in str(report.findings[0])
     assert all("\n" not in finding.problem for finding in report.findings)
 
 
