@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,26 @@ class Console:
         with bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, console: Console, program: str) -> None:
+        super().__init__(logging.WARNING)
+        self.console, self.program = console, program
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.note(f"{self.program}: warning: {record.getMessage()}")
+
+
+@contextmanager
+def warnings_shown(console: Console, program: str) -> Iterator[None]:
+    """The package's log warnings as lines on standard error."""
+    handler, log = _Warnings(console, program), logging.getLogger("fastreid_vi")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastreid_vi import _console, methods
+from fastreid_vi._flags import published
 from fastreid_vi.config import Batch, Recipe
 from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics, sysu_table
 from fastreid_vi.evaluation.chance import chance_sysu
@@ -81,16 +82,6 @@ def read_record(path: Path) -> Any:
     from fastreid_vi import train
 
     return train.read_run(path, lambda method, _: methods.recipe_type(method))
-
-
-def published(name: str) -> Recipe:
-    """A recipe by its name in `methods.RECIPES`, or a method's recipe for SYSU-MM01.
-
-    Raises:
-        ValueError: there is none; the message lists those that there are.
-    """
-    method, _, dataset = name.partition("-")
-    return methods.recipe(method, dataset or "sysu")
 
 
 def open_dataset(recipe: Recipe, root: Path) -> SysuMM01:

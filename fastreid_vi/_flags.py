@@ -1,4 +1,4 @@
-"""The part of `train`'s command line that argparse leaves over: recipe names and recipe flags."""
+"""Recipes on the command line: their names, and the flags of `train` that argparse leaves over."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 
 class UsageError(Exception):
     """The command line itself is wrong: exit code 2."""
+
+
+def published(name: str) -> Recipe:
+    """A recipe by its name in `methods.RECIPES`, or a method's recipe for SYSU-MM01.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    from fastreid_vi import methods
+
+    method, _, dataset = name.partition("-")
+    return methods.recipe(method, dataset or "sysu")
 
 
 def take_name(rest: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -48,6 +60,11 @@ def with_flags(recipe: Recipe, flags: list[str], program: str, debug: bool) -> R
 def _boxed(said: str) -> str:
     """The message between the first two rules of tyro's box, on one line."""
     lines = [line.strip(" │") for line in said.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and set(line) <= set("-─")]
+    # A frame on terminals that can draw one, dashes elsewhere.
+    rules = [
+        i
+        for i, line in enumerate(lines)
+        if line[:1] in ("╭", "╰") or (line and set(line) <= set("-─"))
+    ]
     inside = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
     return " ".join(" ".join(inside).split()) or "wrong recipe flag"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastreid_vi._console import Console, one_line, table
-from fastreid_vi._flags import UsageError, take_name, with_flags
+from fastreid_vi._console import Console, one_line, table, warnings_shown
+from fastreid_vi._flags import UsageError, published, take_name, with_flags
 from fastreid_vi.version import __version__
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(args.json)
     try:
         verb: Verb = args.verb
-        return verb(args, console)
+        with warnings_shown(console, PROGRAM):
+            return verb(args, console)
     except UsageError as error:
         return _explain(error, args, console, USAGE)
     except KeyboardInterrupt:
@@ -217,8 +218,6 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
 
 def _training(args: argparse.Namespace) -> tuple[Recipe, Path, Path]:
     """Recipe, data root and run folder of `train`; everything that can be wrong without torch."""
-    from fastreid_vi import _evaluate
-
     name, flags = take_name(args.rest)
     asked = {"-h", "--help"} & set(flags)
     if asked:
@@ -233,11 +232,13 @@ def _training(args: argparse.Namespace) -> tuple[Recipe, Path, Path]:
             raise UsageError(f"which recipe? {PROGRAM} train --help lists them")
         file = args.run_dir
     if file is not None:
-        record = _evaluate.read_record(file)
+        from fastreid_vi._evaluate import read_record
+
+        record = read_record(file)
         recipe, root = record.recipe, root or record.root
     else:
         try:
-            recipe = _evaluate.published(name or "")
+            recipe = published(name or "")
         except ValueError as error:
             raise UsageError(one_line(error)) from error
     if root is None and not asked:
