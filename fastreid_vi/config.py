@@ -98,6 +98,12 @@ class DataConfig:
             raise ValueError(f"images: expected an even number (half of each modality), got {self.images}")
         if self.pad < 0 or self.workers < 0 or self.validation < 0:
             raise ValueError("pad, workers, validation: expected >= 0")
+        if not 0 <= self.pad_value <= 255:
+            raise ValueError(f"pad_value: expected 0 to 255, got {self.pad_value}")
+        for name, top in (("erase_area", 1.0), ("erase_aspect", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high <= top:
+                raise ValueError(f"{name}: expected 0 < smallest <= largest, got {low}, {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
