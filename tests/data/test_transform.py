@@ -196,3 +196,17 @@ class TestReading:
             path = tmp_path / f"{i}.jpg"
             path.write_bytes(jpeg(i, height=size[0], width=size[1]))
             assert verify_image(path) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pad_value": 256}, "pad_value: expected 0 to 255, got 256"),
+        ({"erase_area": (0.3, 0.1)}, "erase_area"),
+        ({"erase_area": (0.1, 1.5)}, "erase_area"),
+        ({"erase_aspect": (0.0, 3.0)}, "erase_aspect"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
