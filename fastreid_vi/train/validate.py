@@ -145,7 +145,7 @@ class Judge:
         else:
             where = f"{self._recipe.data.validation} training identities held out for validation"
         chosen = (
-            f"highest R1, then mAP, then the earlier epoch, of {len(evaluations)} evaluated; "
+            f"highest R1, then mAP, then the later epoch, of {len(evaluations)} evaluated; "
             "infrared queries, visible gallery, all-search, single-shot, "
             f"{_TRIALS} galleries; on {where}"
         )
@@ -153,9 +153,9 @@ class Judge:
 
 
 def best_of(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Highest R1, then mAP, then the earlier epoch."""
+    """Highest R1, then mAP, then the later epoch: it has learnt longer and at a lower rate."""
     return max(
         evaluations,
-        key=lambda e: (e["metrics"]["R1"], e["metrics"]["mAP"], -e["epoch"]),
+        key=lambda e: (e["metrics"]["R1"], e["metrics"]["mAP"], e["epoch"]),
         default=None,
     )
