@@ -223,7 +223,8 @@ std::tuple<Tensor, Tensor> pattern_pool(const Tensor& features, const Tensor& we
   return {pooled, maps};
 }
 
-// dz from da (in place) and, for the bias, its sums over positions.
+// dz from da (in place) and, for the bias, its sums over positions. A bias moves all positions alike,
+// which softmax cancels: its gradient is zero, not rounding noise.
 template <typename T, typename A>
 void logit_gradient(const Plan& plan, Stack<A> a, Stack<A> d, const T* grad, bool sigmoid,
                     double* sums) {
@@ -240,7 +241,7 @@ void logit_gradient(const Plan& plan, Stack<A> a, Stack<A> d, const T* grad, boo
       if (!sigmoid) d.at(p, s) -= m * static_cast<A>(mean);
       sum += static_cast<double>(d.at(p, s));
     }
-    sums[p] = sum;
+    sums[p] = sigmoid ? sum : 0;
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdlib>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -50,15 +52,27 @@ constexpr int64_t kPitch = 64;     // rows of vectors are padded to this many el
 
 namespace fastreid_vi {
 
+#ifdef FASTREID_VI_MANY_TILES
+// 4 for AVX-512, 3 for AVX2, 1 for neither. PyTorch's own limit, ATEN_CPU_CAPABILITY=avx2 or default,
+// holds here too: it is how the narrower tiles are tested on a wider machine.
+inline int tile_level() {
+  static const int level = [] {
+    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view name = limit ? limit : "avx512";
+    if (name == "default") return 1;
+    if (name != "avx2" && __builtin_cpu_supports("x86-64-v4")) return 4;
+    return __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
+  }();
+  return level;
+}
+#endif
+
 // Calls body.operator()<Tiles>() with the tiles of this machine.
 template <typename T, typename F>
 void with_tiles(F&& body) {
 #ifdef FASTREID_VI_MANY_TILES
-  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 1;
-  if (level == 4) return body.template operator()<avx512::Tiles<T>>();
-  if (level == 3) return body.template operator()<avx2::Tiles<T>>();
+  if (tile_level() == 4) return body.template operator()<avx512::Tiles<T>>();
+  if (tile_level() == 3) return body.template operator()<avx2::Tiles<T>>();
 #endif
   body.template operator()<plain::Tiles<T>>();
 }

@@ -181,11 +181,13 @@ def _pattern_backward_reference(
         dz = a * (da - (a * da).sum(-1, keepdim=True))
     dx = torch.matmul(a.transpose(1, 2), dp) + torch.matmul(dz.transpose(1, 2), w)  # [B, S, C]
     dw = torch.einsum("bps,bcs->pc", dz, x)
+    # A bias moves all positions alike, which softmax cancels: its gradient is zero, not rounding noise.
+    db = dz.sum(dim=(0, 2)) if activation == "sigmoid" else dz.new_zeros(count)
     dx_map = dx.transpose(1, 2).reshape(features.shape).to(features.dtype)
     return (
         dx_map.contiguous(memory_format=layout_of(features)),
         dw.to(weight.dtype).reshape(weight.shape),
-        dz.sum(dim=(0, 2)).to(weight.dtype),
+        db.to(weight.dtype),
     )
 
 
