@@ -1,0 +1,40 @@
+"""Pairwise distances against torch.cdist and the expanded square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.conftest import DEVICE, MODES, Workload, peers
+from benchmarks.shapes import EMBEDDINGS
+from torch import Tensor
+
+from fastreid_vi import ops
+
+
+def embeddings(shape: str) -> tuple[Tensor, Tensor]:
+    """Rows scattered around one centre per identity, and their labels."""
+    identities, images, size = EMBEDDINGS[shape]
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(identities, 1, size, generator=generator)
+    rows = centres + torch.randn(identities, images, size, generator=generator)
+    labels = torch.arange(identities).repeat_interleave(images)
+    return rows.flatten(0, 1).to(DEVICE).requires_grad_(), labels.to(DEVICE)
+
+
+def distance_tidy(x: Tensor) -> Tensor:
+    square = x.square().sum(1)
+    return (square[:, None] + square[None, :] - 2 * x @ x.t()).clamp_min(1e-12).sqrt()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", list(EMBEDDINGS))
+@pytest.mark.parametrize("peer", peers("pairwise_distance", "tidy", "compiled"))
+def bench_pairwise_distance(run: Any, peer: str, shape: str, mode: str) -> None:
+    x, _ = embeddings(shape)
+    # The expanded square leaves noise on the diagonal, where a gradient must vanish: a loose gate.
+    work = Workload(
+        "pairwise_distance", ops.pairwise_distance, {"tidy": distance_tidy}, (x,), 5e-2, 4 * x.numel()
+    )
+    run(work, peer, mode, shape)

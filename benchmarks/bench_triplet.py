@@ -1,0 +1,82 @@
+"""Ranking losses against the published Python loops, tidy eager PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.bench_distance import distance_tidy, embeddings
+from benchmarks.conftest import MODES, Workload, peers
+from benchmarks.shapes import EMBEDDINGS
+from torch import Tensor
+
+from fastreid_vi import ops
+
+
+def batch_hard_eager(x: Tensor, labels: Tensor) -> Tensor:
+    """The published loop: one boolean selection, maximum and minimum per anchor."""
+    distance = distance_tidy(x)
+    same = labels[:, None] == labels[None, :]
+    near = torch.stack([distance[i][same[i]].max() for i in range(len(x))])
+    far = torch.stack([distance[i][~same[i]].min() for i in range(len(x))])
+    return (near - far + 0.3).clamp_min(0).mean()
+
+
+def batch_hard_tidy(x: Tensor, labels: Tensor) -> Tensor:
+    distance = distance_tidy(x)
+    same = labels[:, None] == labels[None, :]
+    near = distance.masked_fill(~same, float("-inf")).amax(1)
+    far = distance.masked_fill(same, float("inf")).amin(1)
+    return (near - far + 0.3).clamp_min(0).mean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", list(EMBEDDINGS))
+@pytest.mark.parametrize("peer", peers("batch_hard_triplet_loss", "eager", "tidy", "compiled"))
+def bench_batch_hard_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> None:
+    x, labels = embeddings(shape)
+    others = {"eager": batch_hard_eager, "tidy": batch_hard_tidy}
+
+    def ours(x: Tensor, labels: Tensor) -> Tensor:
+        return ops.batch_hard_triplet_loss(x, labels).loss
+
+    work = Workload("batch_hard_triplet_loss", ours, others, (x, labels), 1e-3, 4 * x.numel())
+    run(work, peer, mode, shape)
+
+
+def center_cluster_eager(x: Tensor, labels: Tensor) -> Tensor:
+    """The published loops: a centre per row, then every identity against all rows."""
+    centres = torch.stack([x[labels == y].mean(0) for y in labels])
+    pull = (x - centres).square().sum(1).sqrt().mean()
+    pushes = []
+    for y in labels.unique():
+        own = centres[labels == y][:1]
+        others = centres[labels != y]
+        pushes.append((0.7 - (others - own).square().sum(1).clamp_min(1e-12).sqrt()).clamp_min(0).mean())
+    return pull + torch.stack(pushes).mean()
+
+
+def center_cluster_tidy(x: Tensor, labels: Tensor) -> Tensor:
+    """Identity-major batches with eight or more rows each: a reshape instead of a search."""
+    identities = EMBEDDINGS["mpanet_128x14336"].identities
+    grouped = x.unflatten(0, (identities, -1))
+    centres = grouped.mean(1)
+    pull = (grouped - centres[:, None]).square().sum(-1).sqrt().mean()
+    upper = torch.triu_indices(identities, identities, 1, device=x.device)
+    gaps = (centres[upper[0]] - centres[upper[1]]).square().sum(1).clamp_min(1e-12).sqrt()
+    return pull + (0.7 - gaps).clamp_min(0).mean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["mpanet_128x14336"])
+@pytest.mark.parametrize("peer", peers("center_cluster_loss", "eager", "tidy", "compiled"))
+def bench_center_cluster_loss(run: Any, peer: str, shape: str, mode: str) -> None:
+    x, labels = embeddings(shape)
+    others = {"eager": center_cluster_eager, "tidy": center_cluster_tidy}
+
+    def ours(x: Tensor, labels: Tensor) -> Tensor:
+        return ops.center_cluster_loss(x, labels).loss
+
+    work = Workload("center_cluster_loss", ours, others, (x, labels), 1e-4, 4 * x.numel())
+    run(work, peer, mode, shape)
