@@ -1,16 +1,19 @@
-"""Both rooms of the ranking, each proven to be the one that ran."""
+"""Both rooms of the ranking, each proven to be the one that ran; the golden SYSU-MM01 data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastreid_vi
-from fastreid_vi.evaluation import positions
+from fastreid_vi.evaluation import Embeddings, positions
+from tests.conftest import golden
 
 ROOMS = ("reference", "retrieval")
+Data = tuple[Embeddings, Embeddings, dict[tuple[int, int], np.ndarray]]
 
 
 @pytest.fixture(params=ROOMS)
@@ -31,3 +34,32 @@ def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     with fastreid_vi.backend(request.param):
         yield request.param
     assert ran, f"{request.param} did not run"
+
+
+def cells(vectors: dict[str, np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+    """The golden permutation file as a mapping."""
+    values, offsets = vectors["perm_values"], vectors["perm_offsets"]
+    folders = [
+        (cam, pid)
+        for cam, n in enumerate(vectors["perm_cells_per_cam"], 1)
+        for pid in range(1, n + 1)
+    ]
+    return {
+        folder: values[offsets[k] : offsets[k + 1]].reshape(10, -1)
+        for k, folder in enumerate(folders)
+    }
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, np.ndarray]:
+    return golden("eval/sysu_protocol")
+
+
+@pytest.fixture(scope="module")
+def data(vectors: dict[str, np.ndarray]) -> Data:
+    def side(s: str) -> Embeddings:
+        ids, cams, numbers = (vectors[f"{s}_{part}"] for part in ("ids", "cams", "img"))
+        paths = [f"cam{c}/{i:04d}/{n:04d}.jpg" for c, i, n in zip(cams, ids, numbers, strict=True)]
+        return Embeddings(vectors[f"{s}_feat"].astype(np.float32), ids, cams, paths)
+
+    return side("q"), side("g"), cells(vectors)
