@@ -105,13 +105,14 @@ def data_check(args: argparse.Namespace, console: Console) -> int:
         for split in report.images
     ]
     console.say(table(header, rows))
+    count = len(report.findings)
     shown = report.findings if args.all else report.findings[:1]
     for finding in shown:
         console.say(f"{report.root}/{finding.where}: {finding.problem}")
-    if len(report.findings) > len(shown):
-        console.say(f"and {len(report.findings) - len(shown)} more, shown with --all")
+    if count > len(shown):
+        console.say(f"and {count - len(shown)} more, shown with --all")
     against = "the official counts" if report.official else "itself (not the official lists)"
-    verdict = "good" if report.ok else f"{len(report.findings)} findings"
+    verdict = "good" if report.ok else f"{count} finding{'s' if count > 1 else ''}"
     console.say(
         f"{report.root}: checked against {against}, {report.decoded} images read: {verdict}"
     )

@@ -18,7 +18,7 @@ SETTINGS = ["all/1", "all/10", "indoor/1", "indoor/10"]
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with tiny settings, its commands run in this process."""
-    path = Path(__file__).parents[1] / "scripts" / "demo.py"
+    path = Path(__file__).parents[2] / "scripts" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", path)
     assert spec is not None
     assert spec.loader is not None
