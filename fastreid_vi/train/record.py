@@ -190,7 +190,7 @@ def expect_same(old: RunRecord, new: RunRecord, run_dir: Path) -> list[str]:
             )
     changed = {n: v for n, v in new.versions.items() if old.versions.get(n) != v}
     return [
-        f"resumed with another {name} ({old.versions.get(name)!r}, now {value!r}): "
+        f"resumed with {name} = {value!r}, before {old.versions.get(name)!r}: "
         "the last bits may differ"
         for name, value in changed.items()
     ]
