@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -57,27 +57,49 @@ def sysu_galleries(
         ValueError: the folder or image that is not there.
     Spec: evaluation, 2.1 and 3.2.
     """
-    choice("mode", mode, Mode)
-    at_least_one("shots", shots)
+    return galleries_of(gallery, permutations, [(mode, shots)], trials)[0]
+
+
+def galleries_of(
+    gallery: Embeddings,
+    permutations: PermutationTable,
+    settings: Sequence[tuple[Mode, int]],
+    trials: int,
+) -> list[list[Int]]:
+    """`sysu_galleries` of several (mode, shots), from one look at the pool."""
     at_least_one("trials", trials)
-    folders = _folders(gallery, GALLERY_CAMERAS[mode])
-    if isinstance(permutations, str):
-        if permutations != "random":
-            raise ValueError(f'permutations: expected a mapping or "random", got {permutations!r}')
-        if shots != 1:
+    for mode, shots in settings:
+        choice("mode", mode, Mode)
+        at_least_one("shots", shots)
+        if isinstance(permutations, str) and shots != 1:
             raise ValueError(f'shots: permutations "random" are single-shot, got {shots}')
-        return _random_galleries(folders, trials)
-    chosen = [
-        _chosen(permutations, camera, pid, numbers, rows, shots, trials)
-        for (camera, pid), (numbers, rows) in folders.items()
-    ]
-    return list(np.concatenate(chosen, axis=1))
+    if isinstance(permutations, str) and permutations != "random":
+        raise ValueError(f'permutations: expected a mapping or "random", got {permutations!r}')
+    cameras = sorted({camera for mode, _ in settings for camera in GALLERY_CAMERAS[mode]})
+    pool = _folders(gallery, cameras)
+    galleries = []
+    for mode, shots in settings:
+        folders = {key: pool[key] for key in pool if key[0] in GALLERY_CAMERAS[mode]}
+        if not folders:
+            raise ValueError(
+                f"gallery.cams: none of {len(gallery.ids)} images is from cameras "
+                f"{list(GALLERY_CAMERAS[mode])}, the gallery of {mode!r}"
+            )
+        if isinstance(permutations, str):
+            galleries.append(_random_galleries(folders, trials))
+            continue
+        chosen = [
+            _chosen(permutations, camera, pid, numbers, rows, shots, trials)
+            for (camera, pid), (numbers, rows) in folders.items()
+        ]
+        galleries.append(list(np.concatenate(chosen, axis=1)))
+    return galleries
 
 
 _Folders: TypeAlias = dict[tuple[int, int], tuple[Int, Int]]
 
 
-def _folders(gallery: Embeddings, cameras: tuple[int, ...]) -> _Folders:
+def _folders(gallery: Embeddings, cameras: Sequence[int]) -> _Folders:
     """(camera, pid), ascending -> image numbers, ascending, and their rows."""
     count = len(gallery.ids)
     ids, cams = ids_and_cams("gallery", gallery)
@@ -86,9 +108,7 @@ def _folders(gallery: Embeddings, cameras: tuple[int, ...]) -> _Folders:
         raise ValueError(f"gallery.paths: expected {count} paths, got {got}")
     rows = np.flatnonzero(np.isin(cams, cameras))
     if not len(rows):
-        raise ValueError(
-            f"gallery.cams: none of {count} images is from cameras {list(cameras)}, the gallery's"
-        )
+        return {}
     numbers = np.array([_number(str(gallery.paths[row])) for row in rows], np.int64)
     ids, cams = ids[rows], cams[rows]
     order = np.lexsort((numbers, ids, cams))
@@ -141,6 +161,8 @@ def _chosen(
             f"{name}: trial {trial} takes image {wanted[trial, slot]}, which is not among the "
             f"{len(rows)} in the gallery"
         )
+    if (np.diff(at, axis=1) == 0).any():
+        raise ValueError(f"{name}: a trial takes one image twice")
     return rows[at]
 
 

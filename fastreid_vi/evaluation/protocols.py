@@ -13,8 +13,8 @@ from fastreid_vi.evaluation.galleries import (
     Embeddings,
     Mode,
     PermutationTable,
+    galleries_of,
     ids_and_cams,
-    sysu_galleries,
 )
 from fastreid_vi.evaluation.positions import CameraRule, Labels, Ranks, make_labels, rank_rows
 from fastreid_vi.evaluation.ranking import (
@@ -103,10 +103,9 @@ def evaluate_sysu(
     """
     if rerank is not None:
         raise ValueError(f"rerank: expected None (plain distances), got {rerank!r}")
-    galleries = sysu_galleries(gallery, permutations, mode=mode, shots=shots, trials=trials)
+    galleries = galleries_of(gallery, permutations, [(mode, shots)], trials)
     options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
-    name = f"{mode}/{shots}"
-    return _evaluate(query, gallery, {name: galleries}, options)[name]
+    return _evaluate(query, gallery, {f"{mode}/{shots}": galleries[0]}, options)[f"{mode}/{shots}"]
 
 
 def sysu_table(
@@ -132,13 +131,9 @@ def sysu_table(
     """
     options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
     settings = [s for s in SETTINGS if s[1] == 1 or not isinstance(permutations, str)]
-    galleries = {
-        f"{mode}/{shots}": sysu_galleries(
-            gallery, permutations, mode=mode, shots=shots, trials=trials
-        )
-        for mode, shots in settings
-    }
-    return _evaluate(query, gallery, galleries, options)
+    galleries = galleries_of(gallery, permutations, settings, trials)
+    names = [f"{mode}/{shots}" for mode, shots in settings]
+    return _evaluate(query, gallery, dict(zip(names, galleries, strict=True)), options)
 
 
 def _options(

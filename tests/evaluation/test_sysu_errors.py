@@ -92,6 +92,10 @@ BAD = {
         lambda q, g, p: (q, g, {**p, (4, 8): np.zeros((10, 0), int)}, {}),
         r"permutations of camera 4, pid 8: empty",
     ),
+    "image twice": (
+        lambda q, g, p: (q, g, {**p, (4, 8): np.full((10, 2), 1)}, {"shots": 10}),
+        r"permutations of camera 4, pid 8: a trial takes one image twice",
+    ),
     "unknown image": (
         lambda q, g, p: (q, g, {**p, (4, 8): np.full((10, 2), 99)}, {}),
         r"permutations of camera 4, pid 8: trial 0 takes image 99",
