@@ -1,10 +1,10 @@
 """Build of the two native modules, driven by ninja.
 
-`fastreid_vi._C`         tensor ops on PyTorch's stable ABI: CPU rooms, and CUDA rooms where nvcc is found
+`fastreid_vi._C`         tensor ops on PyTorch's stable ABI: CPU rooms, CUDA rooms if nvcc is found
 `fastreid_vi._retrieval` ranking on NumPy arrays, pybind11
 
-Without a compiler the package still installs and runs its Python and Triton rooms; `fastreid-vi doctor` says
-what is missing. Environment:
+Without a compiler the package still installs and runs its Python and Triton rooms; `fastreid-vi
+doctor` says what is missing. Environment:
 
 FASTREID_VI_CUDA        auto (default) | 1: fail without nvcc | 0: no CUDA code
 FASTREID_VI_CUDA_ARCHS  "80;90a;100" (default); PTX of the last one is added for later devices
@@ -70,7 +70,9 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if os.environ.get("FASTREID_VI_EXTENSIONS") == "require":
             ext.optional = False  # setuptools turns the errors of optional extensions into warnings
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+        ninja = shutil.which("ninja") or shutil.which(
+            "ninja", path=str(Path(sys.executable).parent)
+        )
         if ninja is None:
             raise CompileError("ninja was not found: pip install ninja")
         compiler = shlex.split(os.environ.get("CXX", "g++"))
@@ -108,7 +110,9 @@ class NinjaBuild(build_ext):
             home = nvcc.parent.parent
             libraries = home / ("lib64" if (home / "lib64").is_dir() else "lib")
             link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        return ninja_file(files, out, [*compiler, *CXX_FLAGS, *include], link, nvcc, device, include)
+        return ninja_file(
+            files, out, [*compiler, *CXX_FLAGS, *include], link, nvcc, device, include
+        )
 
     def retrieval_rules(self, ext: Extension, out: Path, compiler: list[str]) -> str:
         if importlib.util.find_spec("pybind11") is None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.conftest import DEVICE, MODES, Workload, peers
-from benchmarks.shapes import EMBEDDINGS
 from torch import Tensor
 
+from benchmarks.conftest import DEVICE, MODES, Workload, peers
+from benchmarks.shapes import EMBEDDINGS
 from fastreid_vi import ops
 
 
@@ -35,6 +35,11 @@ def bench_pairwise_distance(run: Any, peer: str, shape: str, mode: str) -> None:
     x, _ = embeddings(shape)
     # The expanded square leaves noise on the diagonal, where a gradient must vanish: a loose gate.
     work = Workload(
-        "pairwise_distance", ops.pairwise_distance, {"tidy": distance_tidy}, (x,), 5e-2, 4 * x.numel()
+        "pairwise_distance",
+        ops.pairwise_distance,
+        {"tidy": distance_tidy},
+        (x,),
+        5e-2,
+        4 * x.numel(),
     )
     run(work, peer, mode, shape)

@@ -1,4 +1,4 @@
-"""Normalisation of feature maps against the published modules, tidy eager PyTorch and torch.compile."""
+"""Normalisation of feature maps against the published modules, tidy eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.bench_pool import feature_map
-from benchmarks.conftest import DEVICE, MODES, Workload, peers
 from torch import Tensor
 
+from benchmarks.bench_pool import feature_map
+from benchmarks.conftest import DEVICE, MODES, Workload, peers
 from fastreid_vi import ops
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.conftest import DEVICE, MODES, Workload, peers
-from benchmarks.shapes import FEATURE_MAPS
 from torch import Tensor
 
+from benchmarks.conftest import DEVICE, MODES, Workload, peers
+from benchmarks.shapes import FEATURE_MAPS
 from fastreid_vi import ops
 
 
@@ -54,10 +54,18 @@ def bench_pattern_pool(run: Any, peer: str, shape: str, mode: str) -> None:
     x = feature_map(shape)
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(6, x.shape[1], 1, 1, generator=generator) / x.shape[1] ** 0.5
-    weight, bias = weight.to(DEVICE).requires_grad_(), torch.zeros(6, device=DEVICE).requires_grad_()
+    weight, bias = (
+        weight.to(DEVICE).requires_grad_(),
+        torch.zeros(6, device=DEVICE).requires_grad_(),
+    )
     others = {"eager": pattern_eager, "tidy": pattern_tidy}
     args = (x, weight, bias)
-    run(Workload("pattern_pool", ops.pattern_pool, others, args, 3e-5, 4 * x.numel()), peer, mode, shape)
+    run(
+        Workload("pattern_pool", ops.pattern_pool, others, args, 3e-5, 4 * x.numel()),
+        peer,
+        mode,
+        shape,
+    )
 
 
 def separation_eager(maps: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from benchmarks.bench_distance import distance_tidy, embeddings
 from benchmarks.conftest import MODES, Workload, peers
 from benchmarks.shapes import EMBEDDINGS
-from torch import Tensor
-
 from fastreid_vi import ops
 
 
@@ -53,7 +53,9 @@ def center_cluster_eager(x: Tensor, labels: Tensor) -> Tensor:
     for y in labels.unique():
         own = centres[labels == y][:1]
         others = centres[labels != y]
-        pushes.append((0.7 - (others - own).square().sum(1).clamp_min(1e-12).sqrt()).clamp_min(0).mean())
+        pushes.append(
+            (0.7 - (others - own).square().sum(1).clamp_min(1e-12).sqrt()).clamp_min(0).mean()
+        )
     return pull + torch.stack(pushes).mean()
 
 

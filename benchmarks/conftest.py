@@ -2,8 +2,8 @@
 
     pytest benchmarks --benchmark-only
 
-A peer's result is compared with the reference in float64 before it is timed: no time without the right answer.
-Groups are `<op> <mode> <shape>`; a slower row is published like a faster one.
+A peer's result is compared with the reference in float64 before it is timed: no time without the
+right answer. Groups are `<op> <mode> <shape>`; a slower row is published like a faster one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact).norm().item() / (scale or 1.0)
 
 
-def with_gradients(function: Function, args: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
+def with_gradients(
+    function: Function, args: Sequence[Any], grads: Sequence[Tensor]
+) -> list[Tensor]:
     outputs = [o for o in tuple_of(function(*args)) if o.is_floating_point()]
     wanted = [a for a in floats(args) if a.requires_grad]
     return [*outputs, *torch.autograd.grad(outputs, wanted, list(grads))]

@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// A function compiled for several instruction sets, chosen when the library is loaded. The resolvers
-// run before the sanitizers are ready, so instrumented builds take the plain function.
+// A function compiled for several instruction sets, chosen when the library is loaded. The
+// resolvers run before the sanitizers are ready, so instrumented builds take the plain function.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__CUDACC__)
 #define FASTREID_VI_CLONES \

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SUBMODULES = ("config", "data", "evaluation", "layers", "methods", "ops", "report", "train")
 
-__all__ = ["__version__", "backend", "backends", *_SUBMODULES]  # noqa: PLE0604
+__all__ = ["__version__", "backend", "backends", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,8 +33,8 @@ def forced() -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for every op that has it, in the whole process.
 
-    An op that has the backend uses it or raises with the reason why it cannot; an op that never had it
-    keeps its own order. The environment variable FASTREID_VI_BACKEND does the same from outside.
+    An op that has the backend uses it or raises with the reason why it cannot; an op that never had
+    it keeps its own order. The environment variable FASTREID_VI_BACKEND does the same from outside.
 
     Args:
         name: "reference", "cpu", "triton", "cuda" or "retrieval".

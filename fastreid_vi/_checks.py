@@ -1,7 +1,7 @@
 """Argument checks and their messages: which argument, what was expected, what came.
 
-Plain `if ... raise` on static facts (rank, dtype, device, sizes), so that `torch.compile(fullgraph=True)`
-passes through; never a closure over tensors.
+Plain `if ... raise` on static facts (rank, dtype, device, sizes), so that
+`torch.compile(fullgraph=True)` passes through; never a closure over tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def feature_map(name: str, tensor: Tensor) -> None:
     """A feature map [B, C, H, W] with at least one channel and one position."""
     floating(name, tensor, "B, C, H, W")
     if tensor.shape[1] == 0 or tensor.shape[2] == 0 or tensor.shape[3] == 0:
-        raise ValueError(f"{name}: expected at least one channel and position, got {described(tensor)}")
+        raise ValueError(
+            f"{name}: expected at least one channel and position, got {described(tensor)}"
+        )
 
 
 def shaped_like(name: str, tensor: Tensor, shape: tuple[int, ...], features: Tensor) -> None:
@@ -49,7 +51,7 @@ def same_kind(name: str, tensor: Tensor, features: Tensor) -> None:
     """Same dtype and device as `features`."""
     if tensor.dtype != features.dtype:
         raise TypeError(
-            f"{name}: expected dtype {features.dtype} as the first argument has, got {described(tensor)}"
+            f"{name}: expected dtype {features.dtype} as the first argument, got {described(tensor)}"
         )
     if tensor.device != features.device:
         raise ValueError(f"{name}: expected device {features.device}, got {tensor.device}")

@@ -1,10 +1,10 @@
 """Which room computes an op, and why: the only file that knows backends.
 
-    torch.ops.fastreid_vi.<op>   schema, fake, autograd, autocast
-      CPU or CUDA key -> Op      asks `why_not` of one backend after another, first without a reason wins
-        reference                Python, in ops/<family>.py
-        cpu, cuda                torch.ops.fastreid_vi_native.<op>, from the compiled library _C
-        triton                   fastreid_vi.kernels.<family>.<op>
+torch.ops.fastreid_vi.<op>   schema, fake, autograd, autocast
+  CPU or CUDA key -> Op      asks `why_not` of one backend after another
+    reference                Python, in ops/<family>.py
+    cpu, cuda                torch.ops.fastreid_vi_native.<op>, from the compiled library _C
+    triton                   fastreid_vi.kernels.<family>.<op>
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def interpreting() -> bool:
 
 
 def check_values(tensor: torch.Tensor) -> bool:
-    """Whether checks that read the data run: always on CPU, on CUDA only when asked for (they wait)."""
+    """Whether checks that read the data run: on CPU always, on CUDA only when asked for."""
     return tensor.device.type == "cpu" or os.environ.get("FASTREID_VI_CHECK_VALUES") == "1"
 
 
@@ -155,8 +155,8 @@ def register(
         fake: shapes, dtypes and strides of the results.
         backends: rooms beside `reference`.
         refuses: `refuses(backend, *args)` gives the reason why a room cannot take these arguments.
-        setup_context, backward: gradient, as for `torch.library.register_autograd`. Without `backward` the
-            op refuses to be differentiated.
+        setup_context, backward: gradient, as for `torch.library.register_autograd`. Without
+            `backward` the op refuses to be differentiated.
         autocast: floating-point arguments are cast to this dtype under autocast.
         vmap: rule for `torch.library.register_vmap`.
     Returns:

@@ -61,7 +61,10 @@ def text(found: dict[str, Any]) -> str:
     lines = [f"{name} {version}" for name, version in found["versions"].items()]
     lines += [f"{name}: {what}" for name, what in found["device"].items()]
     lines += [f"{name} ({OPTIONAL[name]}): {v}" for name, v in found["optional"].items()]
-    lines += [f"{name}: {what}" for name, what in found["native"].items()]
+    code = [room for room in ("cpu", "cuda") if _any_room(found["ops"], room)]
+    for name, what in found["native"].items():
+        holds = f", with code for {' and '.join(code)}" if name == "_C" and code else ""
+        lines.append(f"{name}: {what}{holds}")
     if found["ops"]:
         lines += ["", *_op_table(found), ""]
     lines += [f"check: {name}: {verdict}" for name, verdict in found["check"].items()]

@@ -1,6 +1,7 @@
-"""Typed, frozen configuration shared by every recipe, and the batch that travels from loader to method.
+"""Typed, frozen configuration shared by every recipe, and the batch that a method is given.
 
-A run is one `Recipe`. A variant is `dataclasses.replace` on another. No global, no registry, no YAML.
+A run is one `Recipe`. A variant is `dataclasses.replace` on another. No global, no registry, no
+YAML.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class DataConfig:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     pad: int = 10
-    """Border in pixels added on every side before the random crop; 0 turns padding and cropping off."""
+    """Border in pixels added on every side before the random crop; 0 turns both off."""
     pad_value: int = 127
     """Value of the border, 0 to 255."""
     erase: float = 0.0
@@ -90,12 +91,16 @@ class DataConfig:
     """Leave unreadable images out, with a count, instead of stopping."""
 
     def __post_init__(self) -> None:
-        _positive(height=self.height, width=self.width, identities=self.identities, images=self.images)
+        _positive(
+            height=self.height, width=self.width, identities=self.identities, images=self.images
+        )
         for name in ("flip", "erase"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
         if self.images % 2:
-            raise ValueError(f"images: expected an even number (half of each modality), got {self.images}")
+            raise ValueError(
+                f"images: expected an even number (half of each modality), got {self.images}"
+            )
         if self.pad < 0 or self.workers < 0 or self.validation < 0:
             raise ValueError("pad, workers, validation: expected >= 0")
         if not 0 <= self.pad_value <= 255:
@@ -202,9 +207,7 @@ T = TypeVar("T")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain, JSON-ready form of a configuration dataclass; tuples become lists."""
-    return {
-        f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

@@ -17,10 +17,10 @@ def _statistics_kernel(
     eps: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean and 1 / sqrt(variance + eps) over positions; one program owns BLOCK_C channels of a sample.
+    """mean and 1 / sqrt(variance + eps) over positions; a program owns BLOCK_C channels.
 
-    Sums are shifted by the first position and the variance takes a second walk (it hits the cache), so
-    that a large mean costs no precision.
+    Sums are shifted by the first position and the variance takes a second walk (it hits the cache),
+    so that a large mean costs no precision.
     """
     b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -52,7 +52,7 @@ def _blend_kernel(
     channels, positions, stride_b, stride_c, stride_s, out_b, out_c, out_s,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out = m x + (1 - m) rstd (x - mean); one program owns a BLOCK_S x BLOCK_C tile of a sample."""
+    """out = m x + (1 - m) rstd (x - mean); one program owns a tile of a sample."""
     b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -104,7 +104,7 @@ def _gradient_kernel(
     channels, positions, g_b, g_c, g_s, stride_b, stride_c, stride_s, out_b, out_c, out_s,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = on_g g + on_x (x - mean) + offset; one program owns a BLOCK_S x BLOCK_C tile of a sample."""
+    """dx = on_g g + on_x (x - mean) + offset; one program owns a tile of a sample."""
     b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)

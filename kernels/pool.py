@@ -8,6 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreid_vi.kernels._common import OPTIONS, Rows, accumulator, block, map_like, rows
+from fastreid_vi.kernels.map_separation import map_separation_loss, map_separation_loss_backward
+from fastreid_vi.kernels.pattern_pool import pattern_pool, pattern_pool_backward
+
+__all__ = [
+    "gem_pool",
+    "gem_pool_backward",
+    "map_separation_loss",
+    "map_separation_loss_backward",
+    "pattern_pool",
+    "pattern_pool_backward",
+]
 
 
 @triton.jit

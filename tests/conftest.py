@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: golden vectors, poisoned memory, Triton's interpreter without a GPU."""
+"""Shared by all tests: golden vectors, poisoned memory, Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOLDEN = Path(os.environ.get("FASTREID_VI_GOLDEN", Path(__file__).parent / "gold
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """Arrays of tests/golden/<name>.npz. A missing file fails the test: it is part of the project."""
+    """Arrays of tests/golden/<name>.npz; a missing file fails the test, for it is ours."""
     path = GOLDEN / f"{name}.npz"
     if not path.is_file():
         pytest.fail(f"golden vectors are missing: {path}", pytrace=False)

@@ -1,9 +1,10 @@
 """What every op owes its users. A test class inherits it and lists `op`, `cases`, `inputs`.
 
-For each case x dtype x room x memory format: forward and every gradient against the reference in float64, the
-error at most twice that of the reference in the same dtype plus one ulp (4 in float32, 64 in float64); `gradcheck`; `opcheck`;
-`torch.compile(fullgraph=True)`; forward by one room, backward by another; run-to-run identical bits; no double
-backward; refusals by name; CUDA-graph capture on a GPU.
+For each case x dtype x room x memory format: forward and every gradient against the reference in
+float64, the error at most twice that of the reference in the same dtype plus one ulp (4 in float32,
+64 in float64); `gradcheck`; `opcheck`; `torch.compile(fullgraph=True)`; forward by one room,
+backward by another; run-to-run identical bits; no double backward; refusals by name; CUDA-graph
+capture on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fastreid_vi._dispatch import OPS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 GPU = torch.cuda.is_available()
+
+
 def device_of(room: str) -> str:
     """Triton runs on the GPU, or on CPU tensors in its interpreter."""
     return "cuda" if room == "cuda" or (room == "triton" and GPU) else "cpu"
@@ -101,7 +104,12 @@ class OpContract:
     # Running a room.
 
     def prepared(
-        self, case: Any, dtype: torch.dtype, layout: str, device: str, kind: torch.dtype | None = None
+        self,
+        case: Any,
+        dtype: torch.dtype,
+        layout: str,
+        device: str,
+        kind: torch.dtype | None = None,
     ) -> list[Any]:
         """Inputs rounded to `dtype`, then held in `kind` (float64 for the exact run)."""
         ready = []
@@ -145,7 +153,9 @@ class OpContract:
             assert torch.equal(got64, exact64), what
             return
         finite = exact64.isfinite() & plain64.isfinite()
-        assert torch.equal(got64.isfinite() | ~exact64.isfinite(), plain64.isfinite() | ~exact64.isfinite()), what
+        assert torch.equal(
+            got64.isfinite() | ~exact64.isfinite(), plain64.isfinite() | ~exact64.isfinite()
+        ), what
         if not finite.any():
             return
         scale = exact64[finite].abs().max().item()
@@ -154,7 +164,9 @@ class OpContract:
         # Sums run in another order; float64 has no wider truth to be compared with.
         ulps = {torch.float64: 64, torch.float32: 4}.get(got.dtype, 1)
         allowed += ulps * torch.finfo(got.dtype).eps * scale
-        assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
+        assert error <= allowed, (
+            f"{what}: error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
+        )
 
     # The contract.
 
@@ -169,12 +181,16 @@ class OpContract:
                 ):
                     self.call(*args)
                 continue
-            exact = self.run(self.prepared(case, dtype, "contiguous", "cpu", torch.float64), "reference", dtype)
+            exact = self.run(
+                self.prepared(case, dtype, "contiguous", "cpu", torch.float64), "reference", dtype
+            )
             plain = self.run(self.prepared(case, dtype, "contiguous", "cpu"), "reference", dtype)
             with watched(self.op, room) as ran:
                 got = self.run(args, room, dtype)
             assert ran == [room]
-            for kind, ours, theirs, truth in zip(("output", "gradient"), got, plain, exact, strict=True):
+            for kind, ours, theirs, truth in zip(
+                ("output", "gradient"), got, plain, exact, strict=True
+            ):
                 for i, (o, t, e) in enumerate(zip(ours, theirs, truth, strict=True)):
                     self.judge(o, t, e, f"{kind} {i}, {layout}")
             for a, g in zip((a for a in args if is_float(a)), got[1], strict=True):
@@ -186,7 +202,9 @@ class OpContract:
         for room in ("reference", "cpu"):
             if room in ("reference", *OPS[self.op].backends):
                 args = self.prepared(case, torch.float64, "contiguous", "cpu")
-                smooth = [i for i, o in enumerate(as_tuple(self.call(*args))) if o.is_floating_point()]
+                smooth = [
+                    i for i, o in enumerate(as_tuple(self.call(*args))) if o.is_floating_point()
+                ]
 
                 def outputs(*a: Any, keep: list[int] = smooth) -> tuple[Tensor, ...]:
                     results = as_tuple(self.call(*a))
@@ -223,7 +241,9 @@ class OpContract:
             if device_of(r) == "cpu" and (r, torch.float32) not in self.refused
         ]  # fmt: skip
         case, dtype = self.cases[0], torch.float32
-        exact = self.run(self.prepared(case, dtype, "contiguous", "cpu", torch.float64), "reference", dtype)
+        exact = self.run(
+            self.prepared(case, dtype, "contiguous", "cpu", torch.float64), "reference", dtype
+        )
         for forward in rooms:
             for backward in rooms:
                 args = self.prepared(case, dtype, self.layouts[-1], "cpu")

@@ -165,9 +165,8 @@ def test_every_public_op_names_its_spec_and_golden_file(family: str) -> None:
 
 
 def test_every_op_runs_the_contract() -> None:
-    from fastreid_vi._dispatch import OPS
-
     import fastreid_vi.ops  # noqa: F401  fills the table
+    from fastreid_vi._dispatch import OPS
 
     text = "".join(p.read_text() for p in (ROOT / "tests" / "ops").glob("test_*.py"))
     public = {name for name in OPS if not name.endswith("_backward")}

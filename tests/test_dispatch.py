@@ -51,7 +51,10 @@ def test_an_op_without_the_room_keeps_its_order() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of reference, cpu"), fastreid_vi.backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of reference, cpu"),
+        fastreid_vi.backend("tpu"),
+    ):
         pass
     failed = run("import fastreid_vi", FASTREID_VI_BACKEND="tpu")
     assert failed.returncode != 0
@@ -98,7 +101,12 @@ print(fastreid_vi.backends()["gem_pool"]["triton"])
 
 
 def test_light_imports_do_not_load_torch() -> None:
-    for module in ("fastreid_vi", "fastreid_vi.evaluation", "fastreid_vi.config", "fastreid_vi.methods"):
+    for module in (
+        "fastreid_vi",
+        "fastreid_vi.evaluation",
+        "fastreid_vi.config",
+        "fastreid_vi.methods",
+    ):
         done = run(f"import sys, {module}; print('torch' in sys.modules)")
         assert done.stdout.strip() == "False", (module, done.stderr)
 
@@ -107,4 +115,6 @@ def test_autocast_runs_losses_in_float32() -> None:
     x = torch.randn(8, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.pairwise_distance(x.bfloat16()).dtype == torch.float32
-        assert ops.center_cluster_loss(x.bfloat16(), torch.arange(8) % 2).loss.dtype == torch.float32
+        assert (
+            ops.center_cluster_loss(x.bfloat16(), torch.arange(8) % 2).loss.dtype == torch.float32
+        )

@@ -1,6 +1,6 @@
 // Modality alleviation: statistics, gate and affine map of one sample at a time, so that the second
-// read of the sample comes from the cache. Channels-last maps are read as rows of channels in blocks,
-// NCHW maps as rows of positions. Sums run in short pieces, so that float32 stays accurate.
+// read of the sample comes from the cache. Channels-last maps are read as rows of channels in
+// blocks, NCHW maps as rows of positions. Sums run in short pieces, so that float32 stays accurate.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -61,8 +61,8 @@ template <typename A, typename F>
   return total;
 }
 
-// mean[i] and rstd[i] of `width` channels; two passes and sums shifted by the first position, so that
-// a large mean costs no precision.
+// mean[i] and rstd[i] of `width` channels; two passes and sums shifted by the first position, so
+// that a large mean costs no precision.
 template <typename T, typename A>
 FASTREID_VI_CLONES void statistics_columns(const T* x, int64_t stride, int64_t positions,
                                            int64_t width, A eps, A* mean, A* rstd) {
@@ -126,9 +126,8 @@ template <typename T, typename A>
 FASTREID_VI_CLONES void gradient_sums_row(const T* g, const T* x, int64_t positions, A mean,
                                           A* sum_g, A* sum_gc) {
   *sum_g = sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(g[s]); });
-  *sum_gc = sum_row<A>(positions, [&](int64_t s) {
-    return static_cast<A>(g[s]) * (static_cast<A>(x[s]) - mean);
-  });
+  *sum_gc = sum_row<A>(
+      positions, [&](int64_t s) { return static_cast<A>(g[s]) * (static_cast<A>(x[s]) - mean); });
 }
 
 // dx = on_g g + on_x (x - mean) + offset
@@ -145,8 +144,8 @@ template <typename T, typename A>
 FASTREID_VI_CLONES void gradient_row(const T* g, const T* x, A on_g, A on_x, A mean, A offset,
                                      int64_t positions, T* dx) {
   for (int64_t s = 0; s < positions; ++s) {
-    dx[s] = static_cast<T>(on_g * static_cast<A>(g[s]) + on_x * (static_cast<A>(x[s]) - mean) +
-                           offset);
+    dx[s] =
+        static_cast<T>(on_g * static_cast<A>(g[s]) + on_x * (static_cast<A>(x[s]) - mean) + offset);
   }
 }
 
@@ -296,7 +295,8 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
     T* dx = out.mutable_data_ptr<T>();
     const auto buffer = [](int64_t n) { return std::vector<A>(static_cast<size_t>(n)); };
     auto hidden = buffer(batches * gate.hidden), dh = buffer(batches * gate.hidden);
-    auto dz = buffer(batches * channels), mu_all = std::vector<A>(means, means + batches * channels);
+    auto dz = buffer(batches * channels),
+         mu_all = std::vector<A>(means, means + batches * channels);
     const A n = static_cast<A>(positions);
     fastreid_vi::parallel(batches, channels * positions, [&](int64_t from, int64_t until) {
       auto sum_g = buffer(channels), sum_gc = buffer(channels), dmean = buffer(channels);

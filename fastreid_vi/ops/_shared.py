@@ -12,7 +12,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast feature maps and weights to the autocast dtype, as convolutions do; float64 is left alone."""
+    """Cast maps and weights to the autocast dtype, as convolutions do; float64 is left alone."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors

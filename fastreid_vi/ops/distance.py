@@ -13,7 +13,7 @@ from fastreid_vi._dispatch import register
 from fastreid_vi.ops._shared import accumulator
 
 SQUARE_FLOOR = 1e-12
-"""Squared distances are clamped here before the root, as published; clamped entries get no gradient."""
+"""Squared distances are clamped here before the root, as published, and get no gradient there."""
 
 
 def pairwise_distance(
@@ -25,8 +25,8 @@ def pairwise_distance(
     "euclidean": sqrt(max(|x_i - y_j|^2, 1e-12)); clamped entries get no gradient
     "cosine": 1 - x_i . y_j / (max(|x_i|, 1e-12) max(|y_j|, 1e-12))
 
-    Euclidean distances are taken after subtracting the mean of `y` from both sides, which changes nothing but
-    the rounding: embeddings with a large common part keep their small distances.
+    Euclidean distances are taken after subtracting the mean of `y` from both sides, which changes
+    nothing but the rounding: embeddings with a large common part keep their small distances.
 
     Args:
         x: [N, D], floating.

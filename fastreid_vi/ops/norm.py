@@ -96,7 +96,7 @@ def _alleviation_backward_reference(
     grad_reduce, grad_expand, grad_mean = gate_gradient(
         sum_g, sum_gc, reduce_weight, expand_weight, mean, rstd, gate
     )
-    # dx = m g + (1-m) q (g - mean(g) - xn mean(g xn)) + dmu / S, an affine map of g and x per channel.
+    # dx = m g + (1-m) q (g - mean(g) - xn mean(g xn)) + dmu / S: affine in g and x per channel.
     pull = (1.0 - gate) * rstd
     on_g = gate + pull
     on_x = -pull * rstd.square() * sum_gc / positions

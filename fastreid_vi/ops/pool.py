@@ -1,4 +1,4 @@
-"""Pooling of feature maps: generalised mean, pattern maps, and the loss that keeps the maps apart."""
+"""Pooling of feature maps: generalised mean, pattern maps, and the loss that separates them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def gem_pool(features: Tensor, p: float = 3.0, eps: float = 1e-12) -> Tensor:
 
     y[b, c] = (mean over s of x[b, c, s]^p + eps)^(1/p)
 
-    The input is not clamped: where the mean of powers is negative the result is NaN, as in the published code.
+    The input is not clamped: where the mean of powers is negative the result is NaN, as in the
+    published code.
 
     Args:
         features: [B, C, H, W], floating, non-negative; NCHW or channels_last.
@@ -61,7 +62,7 @@ def pattern_pool(
     """Pattern maps and the features pooled under each of them.
 
     maps[b, i, s] = act(weight[i] . x[b, :, s] + bias[i])
-    "sigmoid": pooled[b, i, c] = mean over s of maps[b, i, s] x[b, c, s]  (divided by H W, not by the mask)
+    "sigmoid": pooled[b, i, c] = mean over s of maps[b, i, s] x[b, c, s], divided by S = H W
     "softmax" (over positions): pooled[b, i, c] = sum over s of maps[b, i, s] x[b, c, s]
 
     Args:
@@ -181,7 +182,8 @@ def _pattern_backward_reference(
         dz = a * (da - (a * da).sum(-1, keepdim=True))
     dx = torch.matmul(a.transpose(1, 2), dp) + torch.matmul(dz.transpose(1, 2), w)  # [B, S, C]
     dw = torch.einsum("bps,bcs->pc", dz, x)
-    # A bias moves all positions alike, which softmax cancels: its gradient is zero, not rounding noise.
+    # A bias moves all positions alike, which softmax cancels: its gradient is zero, not rounding
+    # noise.
     db = dz.sum(dim=(0, 2)) if activation == "sigmoid" else dz.new_zeros(count)
     dx_map = dx.transpose(1, 2).reshape(features.shape).to(features.dtype)
     return (
@@ -238,8 +240,10 @@ def _pattern_backward_fake(
     maps: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _map_like(features), torch.empty_like(weight, memory_format=torch.contiguous_format), (
-        weight.new_empty(weight.shape[0])
+    return (
+        _map_like(features),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape[0]),
     )
 
 

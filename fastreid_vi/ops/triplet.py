@@ -42,10 +42,10 @@ def batch_hard_triplet_loss(
 
     L = mean over anchors i of max(0, margin + max_{y_j = y_i} d_ij - min_{y_j != y_i} d_ij)
 
-    Positives and negatives are mined in `references` when given, else in `embeddings`, where an anchor is a
-    positive of itself. Anchors without a positive or without a negative are left out; none left gives zero.
-    The choice of the pair is not differentiated. Ties take the first index. Distances below 1e-6
-    (euclidean) are clamped and get no gradient.
+    Positives and negatives are mined in `references` when given, else in `embeddings`, where an
+    anchor is a positive of itself. Anchors without a positive or without a negative are left out;
+    none left gives zero. The choice of the pair is not differentiated. Ties take the first index.
+    Distances below 1e-6 (euclidean) are clamped and get no gradient.
 
     Args:
         embeddings: [N, D], floating.
@@ -55,8 +55,8 @@ def batch_hard_triplet_loss(
         references: [M, D], dtype of `embeddings`, or None.
         reference_labels: [M], int64; given exactly when `references` is.
     Returns:
-        `TripletLoss(loss, correct)`: float32 scalar (float64 for float64) and the int64 count of anchors whose
-        negative is at least as far as their positive.
+        `TripletLoss(loss, correct)`: float32 scalar (float64 for float64) and the int64 count of
+        anchors whose negative is at least as far as their positive.
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
 
@@ -95,8 +95,8 @@ def center_cluster_loss(
     pull = mean over rows i of |x_i - c_{y_i}|
     push = mean over identity pairs p < q of max(0, margin - |c_p - c_q|)
 
-    The identities may come in any order and number of rows. A row that equals its centre gets the zero
-    gradient. A single identity has push = 0; an empty batch has loss 0.
+    The identities may come in any order and number of rows. A row that equals its centre gets the
+    zero gradient. A single identity has push = 0; an empty batch has loss 0.
 
     Args:
         embeddings: [N, D], floating.
@@ -131,14 +131,17 @@ def _mined_distance(rows: Tensor, picked: Tensor, metric: str) -> Tensor:
     return square if metric == "sqeuclidean" else square.clamp_min(SQUARE_FLOOR).sqrt()
 
 
-def _mined_gradient(grad: Tensor, rows: Tensor, picked: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def _mined_gradient(
+    grad: Tensor, rows: Tensor, picked: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
     """Gradient of `_mined_distance` for both sides."""
     if metric == "cosine":
         u_norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
         v_norm = torch.linalg.vector_norm(picked, dim=1, keepdim=True).clamp_min(1e-12)
         u, v = rows / u_norm, picked / v_norm
         cosine = (u * v).sum(1, keepdim=True)
-        return -grad[:, None] * (v - cosine * u) / u_norm, -grad[:, None] * (u - cosine * v) / v_norm
+        g = -grad[:, None]
+        return g * (v - cosine * u) / u_norm, g * (u - cosine * v) / v_norm
     difference = rows - picked
     if metric == "sqeuclidean":
         scale = 2.0 * grad
@@ -158,7 +161,7 @@ def _batch_hard_reference(
     margin: float,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, correct, and per anchor: positive index, negative index, weight of its hinge (0 or 1/valid)."""
+    """Loss, correct, and per anchor: positive, negative, weight of its hinge (0 or 1/valid)."""
     kind = accumulator(embeddings.dtype)
     x, r = embeddings.to(kind), references.to(kind)
     if x.shape[0] == 0 or r.shape[0] == 0:
@@ -203,17 +206,18 @@ def _batch_hard_backward_reference(
 
 
 def _centres(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's centre [N, D], rows per identity of each row [N], and which row speaks for its identity [N]."""
+    """Each row's centre [N, D], the size of its identity [N], whether it speaks for it [N]."""
     same = labels[:, None] == labels[None, :]
     count = same.sum(dim=1)
     centre = (same.to(x.dtype) / count[:, None]) @ x
-    first = same.to(torch.int64).argmax(dim=1)  # first row of the same label; no data-dependent shape
+    # First row of the same label: a representative without a data-dependent shape.
+    first = same.to(torch.int64).argmax(dim=1)
     speaks = first == torch.arange(x.shape[0], device=x.device)
     return centre, count, speaks
 
 
 def _centre_pairs(centre: Tensor, speaks: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Differences [N, N, D] summed to distances [N, N]; pairs mask; 1 / number of ordered pairs."""
+    """Distances between centres [N, N], mask of pairs, 1 / number of ordered pairs."""
     distance = torch.cdist(centre, centre, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.clamp_min(SQUARE_FLOOR**0.5)
     pairs = speaks[:, None] & speaks[None, :]
@@ -248,7 +252,8 @@ def _center_cluster_backward_reference(
     active = pairs & (distance < margin) & (distance > SQUARE_FLOOR**0.5)
     # Ordered pairs count every unordered one twice, hence the 2: -2 g/(P(P-1)) (c_p - c_q)/d_pq.
     coefficient = torch.where(active, -2.0 * grad_push * share / distance, 0.0)
-    pushed = coefficient.sum(1, keepdim=True) * centre - coefficient @ centre  # rows that speak only
+    # Zero except in rows that speak for their identity.
+    pushed = coefficient.sum(1, keepdim=True) * centre - coefficient @ centre
     same = (labels[:, None] == labels[None, :]).to(x.dtype)
     grad_centre = same @ (pushed - pulled)  # of the centre, repeated on each of its rows
     return (pulled + grad_centre / count[:, None]).to(embeddings.dtype)
@@ -353,7 +358,8 @@ _center_cluster = register(
 )
 _center_cluster_backward = register(
     "center_cluster_loss_backward",
-    "(Tensor grad_pull, Tensor grad_push, Tensor embeddings, Tensor labels, float margin) -> Tensor",
+    "(Tensor grad_pull, Tensor grad_push, Tensor embeddings, Tensor labels, float margin)"
+    " -> Tensor",
     reference=_center_cluster_backward_reference,
     fake=lambda grad_pull, grad_push, embeddings, *_: embeddings.new_empty(embeddings.shape),
 )

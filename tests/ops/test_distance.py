@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract import OpContract
-from tests.ops.test_pool import seeded
 
 from fastreid_vi import ops
+from tests.contract import OpContract
+from tests.ops.test_pool import seeded
 
 
 class TestPairwiseDistance(OpContract):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import golden
-from tests.contract import LAYOUTS, OpContract, device_of
 
 import fastreid_vi
 from fastreid_vi import ops
+from tests.conftest import golden
+from tests.contract import LAYOUTS, OpContract, device_of
 
 MAPS = [(2, 20, 4, 3), (1, 1, 1, 1), (0, 3, 4, 3), (3, 5, 9, 7), (2, 33, 1, 8), (1, 16, 6, 1)]
 
@@ -88,9 +88,7 @@ def test_negative_cubes_are_allowed_and_a_negative_mean_is_nan() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.floats(0.1, 10), st.floats(1, 8)
-)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.floats(0.1, 10), st.floats(1, 8))
 def test_gem_scales_with_its_input_and_lies_between_mean_and_maximum(
     b: int, c: int, side: int, k: float, p: float
 ) -> None:
@@ -106,7 +104,11 @@ def test_gem_scales_with_its_input_and_lies_between_mean_and_maximum(
     ("change", "error", "message"),
     [
         ({"features": torch.ones(2, 3)}, ValueError, r"features: expected shape \[B, C, H, W\]"),
-        ({"features": torch.ones(1, 1, 2, 2, dtype=torch.int64)}, TypeError, "features: expected a floating"),
+        (
+            {"features": torch.ones(1, 1, 2, 2, dtype=torch.int64)},
+            TypeError,
+            "features: expected a floating",
+        ),
         ({"features": [1.0]}, TypeError, "features: expected a tensor"),
         ({"features": torch.ones(1, 3, 0, 2)}, ValueError, "features: expected at least one"),
         ({"p": 0.0}, ValueError, "p: expected > 0, got 0"),
@@ -189,7 +191,11 @@ def test_pattern_pool_casts_both_under_autocast() -> None:
         ({"weight": torch.ones(6, 4, 1, 1)}, ValueError, r"weight: expected shape \[6, 3, 1, 1\]"),
         ({"weight": torch.ones(6, 3)}, ValueError, r"weight: expected shape \[P, C, 1, 1\]"),
         ({"weight": torch.ones(0, 3, 1, 1)}, ValueError, "weight: expected at least one map"),
-        ({"weight": torch.ones(6, 3, 1, 1).double()}, TypeError, "weight: expected dtype torch.float32"),
+        (
+            {"weight": torch.ones(6, 3, 1, 1).double()},
+            TypeError,
+            "weight: expected dtype torch.float32",
+        ),
         ({"bias": torch.ones(5)}, ValueError, r"bias: expected shape \[6\]"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of 'sigmoid', 'softmax'"),
     ],

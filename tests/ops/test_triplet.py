@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastreid_vi import ops
 from tests.conftest import golden
 from tests.contract import OpContract
 from tests.ops.test_pool import assert_close, seeded, tensor
-
-from fastreid_vi import ops
 
 
 def drawn_labels(rows: int, identities: int) -> torch.Tensor:
@@ -49,7 +49,9 @@ class TestBatchHardTripletLoss(OpContract):
     def test_golden(self, name: str) -> None:
         v = golden("lba/triplet")
         x = tensor(v[f"{name}/x"]).requires_grad_()
-        loss, correct = ops.batch_hard_triplet_loss(x, tensor(v["labels"]), margin=float(v["margin"]))
+        loss, correct = ops.batch_hard_triplet_loss(
+            x, tensor(v["labels"]), margin=float(v["margin"])
+        )
         loss.backward()
         assert_close(loss, v[f"{name}/hard_loss"], 1e-5)
         assert_close(x.grad, v[f"{name}/hard_grad"], 1e-4)
@@ -66,7 +68,9 @@ class TestBatchHardTripletLoss(OpContract):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(2, 12), st.integers(1, 4), st.sampled_from(["euclidean", "sqeuclidean", "cosine"]))
+@given(
+    st.integers(2, 12), st.integers(1, 4), st.sampled_from(["euclidean", "sqeuclidean", "cosine"])
+)
 def test_batch_hard_equals_a_loop_over_anchors(rows: int, identities: int, metric: Any) -> None:
     x, labels = seeded(rows, 3), drawn_labels(rows, identities)
     distance = ops.pairwise_distance(x, metric=metric)
@@ -106,9 +110,7 @@ class TestCenterClusterLoss(OpContract):
     def test_golden(self, name: str) -> None:
         v = golden("mpanet/center_cluster")
         x = tensor(v[f"{name}/x"]).requires_grad_()
-        result = ops.center_cluster_loss(
-            x, tensor(v[f"{name}/labels"]), margin=float(v["margin"])
-        )
+        result = ops.center_cluster_loss(x, tensor(v[f"{name}/labels"]), margin=float(v["margin"]))
         result.loss.backward()
         assert_close(result.loss, v[f"{name}/pair_loss"], 1e-5)
         assert_close(result.pull, v[f"{name}/dist_pc"], 1e-5)
@@ -138,18 +140,41 @@ def test_a_row_on_its_centre_has_a_finite_gradient() -> None:
 @pytest.mark.parametrize(
     ("op", "change", "error", "message"),
     [
-        ("batch_hard_triplet_loss", {"labels": torch.zeros(3)}, TypeError, r"labels: expected int64 of shape \[4\]"),
-        ("center_cluster_loss", {"labels": torch.zeros(3).long()}, ValueError, r"labels: expected int64 of shape"),
-        ("batch_hard_triplet_loss", {"embeddings": torch.ones(4)}, ValueError, r"embeddings: expected shape \[N, D\]"),
+        (
+            "batch_hard_triplet_loss",
+            {"labels": torch.zeros(3)},
+            TypeError,
+            r"labels: expected int64 of shape \[4\]",
+        ),
+        (
+            "center_cluster_loss",
+            {"labels": torch.zeros(3).long()},
+            ValueError,
+            r"labels: expected int64 of shape",
+        ),
+        (
+            "batch_hard_triplet_loss",
+            {"embeddings": torch.ones(4)},
+            ValueError,
+            r"embeddings: expected shape \[N, D\]",
+        ),
         ("batch_hard_triplet_loss", {"metric": "dot"}, ValueError, "metric: expected one of"),
-        ("batch_hard_triplet_loss", {"references": torch.ones(2, 3)}, ValueError, "expected both or none"),
-        ("batch_hard_triplet_loss", {"margin": float("nan")}, ValueError, "margin: expected a number"),
+        (
+            "batch_hard_triplet_loss",
+            {"references": torch.ones(2, 3)},
+            ValueError,
+            "expected both or none",
+        ),
+        (
+            "batch_hard_triplet_loss",
+            {"margin": float("nan")},
+            ValueError,
+            "margin: expected a number",
+        ),
         ("center_cluster_loss", {"margin": 0.0}, ValueError, "margin: expected > 0"),
     ],
 )
-def test_bad_input(
-    op: str, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input(op: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
     good = {"embeddings": torch.ones(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(error, match=message):
         getattr(ops, op)(**{**good, **change})
