@@ -148,6 +148,10 @@ def _facts(folder: Path, target: Target, test: dict[str, Any]) -> dict[str, str]
         "Protocol": f"{test['protocol']}: {test['trials']} trials, infrared queries, location rule",
         "Checkpoint": checkpoint["path"],
     }
+    made = target.root / "exp" / "synthetic.json"
+    if made.is_file():
+        seed = json.loads(made.read_text(encoding="utf-8")).get("seed")
+        facts["Data set"] += f"; drawn by `data synth`, seed {seed}: no real persons"
     if "epoch" in checkpoint:
         facts["Checkpoint"] += f", epoch {checkpoint['epoch']} of {recipe.schedule.epochs}"
     best = folder / "best.json"
