@@ -1,0 +1,88 @@
+"""Every published method goes through the loop, stops, resumes and is loaded again."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastreid_vi import methods
+from fastreid_vi.config import RunConfig, ScheduleConfig
+from fastreid_vi.data import SysuMM01, eval_loader
+from fastreid_vi.train import (
+    Interrupted,
+    embed_all,
+    load_weights,
+    read_run,
+    seed_everything,
+    train,
+    training_split,
+)
+
+
+def small(name: str) -> Any:
+    published = methods.recipe(name, "sysu")
+    return replace(
+        published,
+        data=replace(
+            published.data, height=48, width=24, pad=2, identities=3, images=4, workers=0,
+            validation=3,
+        ),
+        schedule=ScheduleConfig(epochs=2, milestones=(1,)),
+        run=RunConfig(eval_every=2, log_every=3),
+        model=replace(published.model, depth=18, weights="none"),
+    )  # fmt: skip
+
+
+def build(dataset: SysuMM01, recipe: Any) -> Any:
+    seed_everything(recipe.run.seed)
+    return methods.from_recipe(recipe, training_split(dataset, recipe).num_ids)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_stop_resume_load(tree: Path, tmp_path: Path, name: str) -> None:
+    dataset, recipe = SysuMM01(tree), small(name)
+    method = build(dataset, recipe)
+    train(method, recipe, dataset, tmp_path / "whole", device="cpu", display="none")
+
+    again = build(dataset, recipe)
+    hook, calls = again.after_step, []
+
+    def after_step() -> None:
+        hook()
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    again.after_step = after_step
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(again, recipe, dataset, tmp_path / "parts", device="cpu", display="none")
+    seed_everything(99)  # a resumed run must not depend on how its method was made
+    other = methods.from_recipe(recipe, method.num_ids)
+    options: dict[str, Any] = {"device": "cpu", "display": "none", "resume": True}
+    result = train(other, recipe, dataset, tmp_path / "parts", **options)
+
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+    final = "checkpoints/last/model.safetensors"
+    parts, whole = (tmp_path / run / final for run in ("parts", "whole"))
+    assert parts.read_bytes() == whole.read_bytes()
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line).get("terms", {}).get("total", 0)) for line in lines)
+
+    record = read_run(tmp_path / "parts", lambda method, _: methods.recipe_type(method))
+    assert record.recipe == recipe
+    loaded = methods.from_recipe(record.recipe, record.num_ids)
+    load_weights(loaded, result.run_dir, method=name, num_ids=record.num_ids)
+    loader = eval_loader(dataset.query, recipe.data, batch_size=16)
+    found = [
+        embed_all(m, loader, dataset.query, device=torch.device("cpu")).features
+        for m in (loaded, other)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
