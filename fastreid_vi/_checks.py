@@ -51,7 +51,7 @@ def same_kind(name: str, tensor: Tensor, features: Tensor) -> None:
     """Same dtype and device as `features`."""
     if tensor.dtype != features.dtype:
         raise TypeError(
-            f"{name}: expected dtype {features.dtype} as the first argument, got {described(tensor)}"
+            f"{name}: expected dtype {features.dtype} like argument one, got {described(tensor)}"
         )
     if tensor.device != features.device:
         raise ValueError(f"{name}: expected device {features.device}, got {tensor.device}")

@@ -129,6 +129,38 @@ def _runs_everywhere(backend: str, *args: Any) -> str | None:
     return None
 
 
+def _vmap_rule(name: str, rows: tuple[int, ...]) -> Callable[..., Any]:
+    """Fold the mapped axis into the batch where only `rows` are mapped, else map call by call."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
+        size = info.batch_size
+        if mapped <= set(rows):
+            folded = list(args)
+            for i in rows:
+                dim = in_dims[i]
+                front = args[i].unsqueeze(0) if dim is None else args[i].movedim(dim, 0)
+                folded[i] = front.expand(size, *front.shape[1:]).flatten(0, 1)
+            result = overload(*folded)
+            results = result if isinstance(result, tuple) else (result,)
+            results = tuple(r.unflatten(0, (size, r.shape[0] // size)) for r in results)
+        else:
+            calls = []
+            for k in range(size):
+                picked = (
+                    a if d is None else a.select(d, k) for a, d in zip(args, in_dims, strict=True)
+                )
+                result = overload(*picked)
+                calls.append(result if isinstance(result, tuple) else (result,))
+            results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        if isinstance(result, tuple):
+            return results, (0,) * len(results)
+        return results[0], 0
+
+    return rule
+
+
 def _once_only(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError("fastreid_vi ops have first-order gradients only; no double backward")
 
@@ -144,7 +176,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     autocast: torch.dtype | None = None,
-    vmap: Callable[..., Any] | None = None,
+    rows: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Register an op with `torch.library` and this table.
 
@@ -158,7 +190,8 @@ def register(
         setup_context, backward: gradient, as for `torch.library.register_autograd`. Without
             `backward` the op refuses to be differentiated.
         autocast: floating-point arguments are cast to this dtype under autocast.
-        vmap: rule for `torch.library.register_vmap`.
+        rows: positions of the arguments whose first axis is the batch of every result, so that
+            `torch.func.vmap` may fold its axis into it. Other mappings run call by call.
     Returns:
         The overload, to call from the public function.
     """
@@ -174,8 +207,7 @@ def register(
     if autocast is not None:
         for device in ORDER:
             torch.library.register_autocast(qualified, device, autocast)
-    if vmap is not None:
-        torch.library.register_vmap(qualified, vmap)
+    torch.library.register_vmap(qualified, _vmap_rule(name, rows))
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
 

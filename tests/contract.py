@@ -258,6 +258,17 @@ class OpContract:
         for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
             assert torch.equal(a, b)
 
+    def test_vmap_equals_a_loop(self) -> None:
+        args = self.prepared(self.cases[0], torch.float64, "contiguous", "cpu")
+        args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        looped = [
+            as_tuple(self.call(args[0] * k, *args[1:])) for k in scales
+        ]  # fmt: skip
+        mapped = as_tuple(torch.func.vmap(lambda k: self.call(args[0] * k, *args[1:]))(scales))
+        for i, got in enumerate(mapped):
+            torch.testing.assert_close(got, torch.stack([call[i] for call in looped]))
+
     def test_no_double_backward(self) -> None:
         args = self.prepared(self.cases[0], torch.float64, "contiguous", "cpu")
         out = next(o for o in as_tuple(self.call(*args)) if o.is_floating_point())

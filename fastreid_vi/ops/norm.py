@@ -177,6 +177,7 @@ _modality_alleviation = register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_alleviation_reference,
     fake=_alleviation_fake,
+    rows=(0,),
     backends=("cpu", "triton"),
     setup_context=_alleviation_save,
     backward=_alleviation_gradient,

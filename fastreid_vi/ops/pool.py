@@ -290,6 +290,7 @@ _gem_pool = register(
     reference=_gem_reference,
     fake=_gem_fake,
     backends=("cpu", "triton", "cuda"),
+    rows=(0,),
     setup_context=_gem_save,
     backward=_gem_gradient,
 )
@@ -299,12 +300,14 @@ _gem_backward = register(
     reference=_gem_backward_reference,
     fake=lambda grad, features, moment, p: _map_like(features),
     backends=("cpu", "triton", "cuda"),
+    rows=(0, 1, 2),
 )
 _pattern_pool = register(
     "pattern_pool",
     "(Tensor features, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
     reference=_pattern_reference,
     fake=_pattern_fake,
+    rows=(0,),
     backends=("cpu", "triton"),
     setup_context=_pattern_save,
     backward=_pattern_gradient,
