@@ -196,57 +196,71 @@ struct Result {
   double average_precision = std::numeric_limits<double>::quiet_NaN();
 };
 
-template <typename T>
-[[gnu::always_inline]] inline Result rank_one(const T* row, const View& view, const Images& pool,
-                                              std::int32_t id, std::int32_t place, CameraRule rule,
-                                              Scratch<T>& scratch) {
-  constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
-  Result result;
-  scratch.matches.clear();
-  scratch.ranks.clear();
-  if (id < 0) return result;
-  const bool drops_matches = rule == CameraRule::kSameIdAndCamera;
-  for (std::int32_t i = view.start[id]; i < view.start[id + 1]; ++i) {
-    const std::int32_t slot = view.slots[i];
-    if (drops_matches && pool.places[view.columns[slot]] == place) continue;
-    scratch.matches.push_back(slot);
-  }
-  if (scratch.matches.empty()) return result;
+// A query and what it sees of one gallery.
+struct Search {
+  const View& view;
+  const Images& pool;
+  std::int32_t id, place;
+  CameraRule rule;
 
-  T* kept = scratch.kept;
-  const auto size = static_cast<std::int64_t>(view.columns.size());
-  const std::int32_t* columns = view.columns.data();
+  std::span<const std::int32_t> own_slots() const {
+    const std::size_t begin = view.start[id], end = view.start[id + 1];
+    return std::span(view.slots).subspan(begin, end - begin);
+  }
+  bool drops(std::int32_t own_slot) const {
+    return rule == CameraRule::kSameIdAndCamera && pool.places[view.columns[own_slot]] == place;
+  }
+};
+
+// Copies the kept distances together and returns how many slots they fill. NaN compares false with
+// everything, so a dropped match and the padding count nowhere.
+template <typename T>
+[[gnu::always_inline]] inline std::int64_t gather(const T* row, const Search& search, T* kept) {
+  constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+  const auto size = static_cast<std::int64_t>(search.view.columns.size());
+  const std::int32_t* columns = search.view.columns.data();
   for (std::int64_t k = 0; k < size; ++k) kept[k] = row[columns[k]];
-  // NaN compares false with everything: a dropped image and the padding count nowhere.
   const std::int64_t slots = (size + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   std::fill(kept + size, kept + slots, kNan);
-  if (drops_matches) {
-    for (std::int32_t i = view.start[id]; i < view.start[id + 1]; ++i) {
-      const std::int32_t slot = view.slots[i];
-      if (pool.places[columns[slot]] == place) kept[slot] = kNan;
-    }
+  for (const std::int32_t slot : search.own_slots()) {
+    if (search.drops(slot)) kept[slot] = kNan;
   }
+  return slots;
+}
 
-  std::int32_t first = scratch.matches[0];
-  for (const std::int32_t slot : scratch.matches) {
+template <typename T>
+[[gnu::always_inline]] inline Result rank_one(const T* row, const Search& search,
+                                              Scratch<T>& scratch) {
+  Result result;
+  auto& matches = scratch.matches;
+  auto& ranks = scratch.ranks;
+  matches.clear();
+  ranks.clear();
+  if (search.id < 0) return result;
+  for (const std::int32_t slot : search.own_slots()) {
+    if (!search.drops(slot)) matches.push_back(slot);
+  }
+  if (matches.empty()) return result;
+
+  const T* kept = scratch.kept;
+  const std::int64_t slots = gather(row, search, scratch.kept);
+  std::int32_t first = matches[0];
+  for (const std::int32_t slot : matches) {
     if (kept[slot] < kept[first]) first = slot;
   }
-  if (scratch.matches.size() <= kFewMatches) {
-    for (const std::int32_t slot : scratch.matches) {
-      scratch.ranks.push_back(count_before(kept, slots, slot) + 1);
-    }
-    std::sort(scratch.ranks.begin(), scratch.ranks.end());
+  if (matches.size() <= kFewMatches) {
+    for (const std::int32_t slot : matches) ranks.push_back(count_before(kept, slots, slot) + 1);
+    std::sort(ranks.begin(), ranks.end());
   } else {
-    rank_many(scratch, size);
+    rank_many(scratch, slots);
   }
   double sum = 0;
-  for (std::size_t m = 0; m < scratch.ranks.size(); ++m) {
-    sum += static_cast<double>(m + 1) / scratch.ranks[m];
-  }
-  result.matches = static_cast<std::int32_t>(scratch.ranks.size());
-  result.first_image = scratch.ranks.front();
-  result.last_image = scratch.ranks.back();
-  result.first_identity = result.first_image == 1 ? 1 : identity_position(scratch, view, first);
+  for (std::size_t m = 0; m < ranks.size(); ++m) sum += static_cast<double>(m + 1) / ranks[m];
+  result.matches = static_cast<std::int32_t>(ranks.size());
+  result.first_image = ranks.front();
+  result.last_image = ranks.back();
+  result.first_identity =
+      result.first_image == 1 ? 1 : identity_position(scratch, search.view, first);
   result.average_precision = sum / result.matches;
   return result;
 }
@@ -281,8 +295,8 @@ template <typename T>
   const auto& views = job.plan.views[job.plan.view_of[i]];
   const std::int32_t place = job.rule == CameraRule::kNone ? 0 : job.queries.places[i];
   for (std::size_t t = 0; t < views.size(); ++t) {
-    const Result r =
-        rank_one(row, views[t], job.pool, job.queries.ids[i], place, job.rule, scratch);
+    const Search search{views[t], job.pool, job.queries.ids[i], place, job.rule};
+    const Result r = rank_one(row, search, scratch);
     const std::size_t at = t * static_cast<std::size_t>(d.rows) + static_cast<std::size_t>(i);
     job.counts.matches[at] = r.matches;
     job.counts.first_image[at] = r.first_image;
