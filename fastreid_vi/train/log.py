@@ -9,6 +9,8 @@ metrics.jsonl holds one JSON object per line, told apart by `kind`:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -27,6 +29,7 @@ class Metrics:
         self.path = path
         try:
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+            _claim(self._file, path)
             found = os.path.getsize(path)
             if found < length:
                 raise CheckpointError(
@@ -70,6 +73,17 @@ class Metrics:
         self._file.close()
 
 
+def _claim(file: IO[bytes], path: Path) -> None:
+    """Two processes in one run folder would spoil it: hold a lock for the life of this process."""
+    try:
+        # Not flock: the loader's processes inherit that, and may outlive a killed run by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise TrainError(f"{path}: another process is training this run") from error
+    except OSError:  # a file system without locks
+        return
+
+
 class Board:
     """TensorBoard scalars; does nothing where the package is not installed."""
 
@@ -87,17 +101,19 @@ class Board:
         if self._writer is None:
             return
         group = record["split"] if record["kind"] == "eval" else record["kind"]
-        values = record.get("metrics") or record["terms"]
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, record["step"])
-        for name in ("lr", "images_per_second"):
-            if name in record:
-                self._writer.add_scalar(f"{group}/{name}", record[name], record["step"])
+        more = {name: record[name] for name in ("lr", "images_per_second") if name in record}
+        values = {**(record.get("metrics") or record["terms"]), **more}
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+        except OSError as error:
+            raise TrainError(f"cannot write TensorBoard events: {error}") from error
 
     def close(self) -> None:
         """Write what is pending."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # metrics.jsonl holds the same numbers
+                self._writer.close()
 
 
 class Screen(Protocol):

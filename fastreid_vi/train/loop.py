@@ -86,6 +86,8 @@ def train(
             while run.progress.epoch <= recipe.schedule.epochs:
                 run.epoch()
             return run.finish()
+        except torch.OutOfMemoryError as error:
+            raise TrainError(run.out_of_memory()) from error
         except RuntimeError as error:
             # The signal also ended the loader's processes, in the middle of a step: go back to the
             # last checkpoint instead of saving half a step.
@@ -152,11 +154,11 @@ class _Run:
         if self.last is not None:
             self._restore(checkpoint.load(self.last))
         here = self.progress
-        checkpoint.discard_unfinished(self.folder, here.step)
         self.stop, self._hint = stop, hint
         self.terms = Terms(here.window, here.whole)
         screen = make_screen(display, self.recipe.schedule.epochs)
         self.log = RunLog(self.run_dir, screen, length=here.metrics_bytes, step=here.step)
+        checkpoint.discard_unfinished(self.folder, here.step)
         if resume:
             where = f"after step {here.step}" if self.last else "from the start: no checkpoint yet"
             notes.append(f"{self.run_dir}: resumed {where}")
@@ -182,8 +184,9 @@ class _Run:
         length = len(self.sampler)
         self.log.screen.begin_epoch(here.epoch, length, self.sampler.cursor)
         for batch in self._batches():
+            terms = self.stepper(batch)
             here.step += 1
-            self.terms.add(here.step, self.stepper(batch))
+            self.terms.add(here.step, terms)
             self.window_clock.images += len(batch.labels)
             self.epoch_clock.images += len(batch.labels)
             self.log.screen.step(self.terms.last)
@@ -282,6 +285,16 @@ class _Run:
     def interrupted(self, signum: int) -> Interrupted:
         """The exception that ends a run on a signal."""
         return Interrupted(signum, self.progress.step, self.last, self._hint)
+
+    def out_of_memory(self) -> str:
+        """One line for a device that is too small."""
+        data = self.recipe.data
+        batch = f"{data.identities} x {data.images} images of {data.height} x {data.width}"
+        return (
+            f"{self.device} is out of memory in step {self.progress.step + 1} with {batch}: lower "
+            "data.identities, data.images or the image size; last checkpoint: "
+            f"{self.last or 'none'}"
+        )
 
     def finish(self) -> TrainResult:
         """Write best.json and result.json; a finished run that is resumed only does this again."""

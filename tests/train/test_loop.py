@@ -303,6 +303,20 @@ class TestRefusals:
             run(tree, tmp_path / "run", resume=True)
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious"
 
+    def test_a_device_that_is_too_small(self, tree: Path, tmp_path: Path) -> None:
+        class Large(Small):
+            def training_step(self, batch: Batch, phase: str = "main") -> Losses:
+                if int(self.steps) == 10:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried ...\nSee ...")
+                return super().training_step(batch, phase)
+
+        message = (
+            "cpu is out of memory in step 11 with 3 x 4 images of 24 x 12: lower "
+            r"data\.identities.* last checkpoint: .*step-00000009$"
+        )
+        with pytest.raises(TrainError, match=message):
+            train_as(Large, tree, tmp_path / "run")
+
     def test_an_unknown_device(self, tree: Path, tmp_path: Path) -> None:
         with pytest.raises(TrainError, match="device: unknown device 'gpu'"):
             run(tree, tmp_path / "run", device="gpu")

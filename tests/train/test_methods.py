@@ -45,11 +45,12 @@ def build(dataset: SysuMM01, recipe: Any) -> Any:
     return methods.from_recipe(recipe, training_split(dataset, recipe).num_ids)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_stop_resume_load(tree: Path, tmp_path: Path, name: str) -> None:
+def test_stop_resume_load(tree: Path, tmp_path: Path, name: str, device: str) -> None:
     dataset, recipe = SysuMM01(tree), small(name)
     method = build(dataset, recipe)
-    train(method, recipe, dataset, tmp_path / "whole", device="cpu", display="none")
+    train(method, recipe, dataset, tmp_path / "whole", device=device, display="none")
 
     again = build(dataset, recipe)
     hook, calls = again.after_step, []
@@ -62,10 +63,10 @@ def test_stop_resume_load(tree: Path, tmp_path: Path, name: str) -> None:
 
     again.after_step = after_step
     with pytest.raises(Interrupted, match="after step 6"):
-        train(again, recipe, dataset, tmp_path / "parts", device="cpu", display="none")
+        train(again, recipe, dataset, tmp_path / "parts", device=device, display="none")
     seed_everything(99)  # a resumed run must not depend on how its method was made
     other = methods.from_recipe(recipe, method.num_ids)
-    options: dict[str, Any] = {"device": "cpu", "display": "none", "resume": True}
+    options: dict[str, Any] = {"device": device, "display": "none", "resume": True}
     result = train(other, recipe, dataset, tmp_path / "parts", **options)
 
     for key, tensor in method.state_dict().items():
@@ -80,9 +81,10 @@ def test_stop_resume_load(tree: Path, tmp_path: Path, name: str) -> None:
     assert record.recipe == recipe
     loaded = methods.from_recipe(record.recipe, record.num_ids)
     load_weights(loaded, result.run_dir, method=name, num_ids=record.num_ids)
+    loaded.to(device)
     loader = eval_loader(dataset.query, recipe.data, batch_size=16)
     found = [
-        embed_all(m, loader, dataset.query, device=torch.device("cpu")).features
+        embed_all(m, loader, dataset.query, device=torch.device(device)).features
         for m in (loaded, other)
     ]
     np.testing.assert_array_equal(found[0], found[1])

@@ -19,7 +19,7 @@ import torch
 from fastreid_vi.data import SysuMM01
 from fastreid_vi.train import Interrupted, TrainError, train
 from fastreid_vi.train import checkpoint as checkpoints
-from tests.train.small import Small, build, recipe, run
+from tests.train.small import Small, build, chosen_by, recipe, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +127,8 @@ def test_signals_leave_a_good_checkpoint(
     run_dir = tmp_path / "run"
     process = start("run", tree, run_dir, "workers", "endless")
     wait_for(lambda: _size(run_dir / "metrics.jsonl") > 0, process)
-    time.sleep(0.05)
+    with pytest.raises(TrainError, match="another process is training this run"):
+        run(tree, run_dir, chosen_by(("workers", "endless")), resume=True)
     (os.killpg if group else os.kill)(process.pid, signum)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signum, error
