@@ -26,11 +26,25 @@ _TRIALS = 10
 class TrainingData(Protocol):
     """What training needs of a data set; `data.datasets.SysuMM01` is one."""
 
-    root: Path
-    train: ImageList
-    query: ImageList
-    gallery: ImageList
-    permutations: Mapping[tuple[int, int], Any]
+    @property
+    def root(self) -> Path:
+        """Folder of the data set."""
+
+    @property
+    def train(self) -> ImageList:
+        """Labelled training images."""
+
+    @property
+    def query(self) -> ImageList:
+        """Test queries."""
+
+    @property
+    def gallery(self) -> ImageList:
+        """Test gallery pool."""
+
+    @property
+    def permutations(self) -> Mapping[tuple[int, int], Any]:
+        """(camera, pid) -> image numbers that each trial takes."""
 
     def hold_out(self, n: int, seed: int) -> tuple[ImageList, ImageList]:
         """Split `n` training identities off."""
