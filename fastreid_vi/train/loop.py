@@ -182,10 +182,11 @@ class _Run:
         here, run = self.progress, self.recipe.run
         self._begin_epoch()
         length = len(self.sampler)
-        self.log.screen.begin_epoch(here.epoch, length, self.sampler.cursor)
+        self.log.screen.begin_epoch(here.epoch, length, self.batch)
         for batch in self._batches():
             terms = self.stepper(batch)
             here.step += 1
+            self.batch += 1
             self.terms.add(here.step, terms)
             self.window_clock.images += len(batch.labels)
             self.epoch_clock.images += len(batch.labels)
@@ -194,8 +195,8 @@ class _Run:
                 self._record_step()
             if self.stop.signum is not None:
                 self._halt(self.stop.signum)
-            middle = self.sampler.cursor < length
-            if run.checkpoint_steps and here.step % run.checkpoint_steps == 0 and middle:
+            due = run.checkpoint_steps and here.step % run.checkpoint_steps == 0
+            if due and self.batch < length:
                 self._save()
         self._end_epoch()
 
@@ -206,6 +207,7 @@ class _Run:
         self.lr = lr_at(epoch, self.recipe.optim, self.recipe.schedule)
         self.stepper.set_lr(self.lr)
         self.sampler.set_epoch(epoch)  # an epoch that is under way keeps its cursor
+        self.batch = self.sampler.cursor
         self.window_clock, self.epoch_clock = Clock(), Clock()
 
     def _batches(self) -> Iterator[Batch]:
@@ -247,6 +249,7 @@ class _Run:
         due = finished or evaluated or here.epoch % run.checkpoint_every == 0
         here.epoch += 1
         self.sampler.set_epoch(here.epoch)
+        self.batch = 0
         if due:
             self._save()
         if self.stop.signum is not None and not finished:
@@ -260,7 +263,9 @@ class _Run:
             self.recipe.method, self.method.num_ids, here.epoch - 1, here.step
         )
         tensors = {"stepper": self.stepper.state_dict(), "random": random_states(self.device)}
-        counters = {"progress": here.to_json(), "sampler": self.sampler.state_dict()}
+        # A signal may have stopped the loader with a batch in its hands: count those trained on.
+        cursor = {**self.sampler.state_dict(), "batch": self.batch}
+        counters = {"progress": here.to_json(), "sampler": cursor}
         weights = self.method.state_dict()
         try:
             self.last = checkpoint.save(self.folder, header, weights, tensors, counters)
