@@ -81,6 +81,10 @@ class DataConfig:
     """Smallest and largest erased fraction of the image area."""
     erase_aspect: tuple[float, float] = (0.3, 3.3)
     """Smallest and largest height / width of the erased box."""
+    channel_mix: float = 0.0
+    """Probability of replacing an image by a random mixture of its channels with random tone, so
+    that neither colour nor polarity helps. In no published recipe; small networks trained from
+    scratch profit."""
     workers: int = 2
     """Loader processes; 0 loads in the training process. Batches do not depend on it."""
     cache: bool = False
@@ -94,7 +98,7 @@ class DataConfig:
         _positive(
             height=self.height, width=self.width, identities=self.identities, images=self.images
         )
-        for name in ("flip", "erase"):
+        for name in ("flip", "erase", "channel_mix"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
         if self.images % 2:

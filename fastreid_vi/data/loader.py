@@ -28,6 +28,7 @@ from fastreid_vi.data.transform import (
     draw_augmentation,
     erase,
     flip_pad_crop,
+    mix_channels,
     normalize,
     read_image,
 )
@@ -193,7 +194,7 @@ class _Reader(Dataset["_Raw | str"]):
         draws = draw_augmentation(len(positions), config, seed=self.seed, epoch=epoch, batch=number)
         for slot, position in enumerate(positions):
             flip_pad_crop(
-                self._image(int(position)),
+                mix_channels(self._image(int(position)), draws.mix[slot]),
                 out[slot],
                 flip=bool(draws.flip[slot]),
                 top=int(draws.top[slot]),

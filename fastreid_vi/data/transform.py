@@ -31,6 +31,7 @@ RESIZE = {
 }
 
 ERASE_ATTEMPTS = 10
+MIX_MEAN, MIX_SPREAD = (80.0, 150.0), (35.0, 60.0)  # grey levels of a mixed image
 # Flip, crop row, crop column, erase; then area, aspect, row, column of every attempt.
 _UNIFORMS = 4 + 4 * ERASE_ATTEMPTS
 
@@ -52,6 +53,7 @@ class Draws(NamedTuple):
     top: Ints  # [B] first row of the crop in the padded image
     left: Ints  # [B]
     boxes: Ints  # [B, 4] erased box: top, left, height, width; height 0 erases nothing
+    mix: Floats  # [B, 5] weights of the three channels, mean, spread; spread 0 mixes nothing
 
 
 def read_image(path: Path, height: int, width: int, resize: str = "bilinear") -> Bytes:
@@ -109,6 +111,8 @@ def draw_augmentation(
     random = np.random.Generator(np.random.Philox(key=key, counter=counter))
     uniform = random.random((count, _UNIFORMS))
     span = 2 * config.pad + 1
+    counter[0] = 1 << 40  # far from the draws above
+    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
     return Draws(
         flip=uniform[:, 0] < config.flip,
         top=_below(uniform[:, 1], span),
@@ -116,7 +120,17 @@ def draw_augmentation(
         boxes=_draw_boxes(
             uniform[:, 4:].reshape(count, ERASE_ATTEMPTS, 4), uniform[:, 3] < config.erase, config
         ),
+        mix=_draw_mix(random, count, config.channel_mix),
     )
+
+
+def _draw_mix(random: np.random.Generator, count: int, probability: float) -> Floats:
+    chosen = random.random(count) < probability
+    weights = random.standard_normal((count, 3))
+    mean, spread = random.uniform(*MIX_MEAN, count), random.uniform(*MIX_SPREAD, count)
+    mix = np.column_stack([weights, mean, spread]).astype(np.float32)
+    mix[~chosen] = 0
+    return mix
 
 
 def _draw_boxes(
@@ -148,6 +162,27 @@ def _draw_boxes(
 def _below(uniform: NDArray[np.float64], bound: int | Ints) -> Ints:
     """Integers uniform in 0..bound-1 out of uniform numbers in [0, 1)."""
     return np.asarray(np.floor(uniform * bound), dtype=np.int64)
+
+
+def mix_channels(image: Bytes, mix: Floats) -> Bytes:
+    """One grey image out of three channels, with a given mean and spread of its grey levels.
+
+    The weights may be negative: an infrared sensor may see as dark what the eye sees as bright.
+
+    Args:
+        image: uint8 [3, H, W].
+        mix: [5], three weights, mean and standard deviation of the result before clipping;
+            deviation 0 returns the image as it is.
+    Returns:
+        uint8 [3, H, W], three equal planes.
+    """
+    if mix[4] == 0:
+        return image
+    grey = np.tensordot(mix[:3], image.astype(np.float32), axes=1)
+    grey -= grey.mean()
+    grey *= mix[4] / (grey.std() + np.float32(1e-3))
+    levels = np.clip(np.rint(grey + mix[3]), 0, 255).astype(np.uint8)
+    return np.broadcast_to(levels, image.shape)
 
 
 def flip_pad_crop(
@@ -210,11 +245,11 @@ def augment(images: Bytes, draws: Draws, config: DataConfig) -> Floats:
 
 
 def place(images: Bytes, draws: Draws, config: DataConfig) -> Bytes:
-    """The part of `augment` on uint8: flip, pad, crop."""
+    """The part of `augment` on uint8: mix, flip, pad, crop."""
     out = np.empty_like(images)
     for i in range(len(images)):
         flip_pad_crop(
-            images[i],
+            mix_channels(images[i], draws.mix[i]),
             out[i],
             flip=bool(draws.flip[i]),
             top=int(draws.top[i]),

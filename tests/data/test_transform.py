@@ -14,6 +14,7 @@ from fastreid_vi.data.transform import (
     draw_augmentation,
     erase,
     flip_pad_crop,
+    mix_channels,
     normalize,
     place,
     read_image,
@@ -34,7 +35,8 @@ def planar(images: np.ndarray) -> np.ndarray:
 def test_golden_tail():
     vectors = golden("mcja/augment")
     flip, top, left, erased, *box = vectors["tail__params"].astype(np.int64).T
-    draws = Draws(flip > 0, top, left, np.stack(box, axis=1) * erased[:, None])
+    mix = np.zeros((len(flip), 5), dtype=np.float32)
+    draws = Draws(flip > 0, top, left, np.stack(box, axis=1) * erased[:, None], mix)
     out = augment(planar(vectors["tail__img"]), draws, CONFIG)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, vectors["tail__out"], rtol=0, atol=1e-6)
@@ -210,3 +212,27 @@ class TestReading:
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_mixing_leaves_grey_planes_of_the_drawn_tone() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 48, 24), dtype=np.uint8)
+    mix = np.array([0.7, -0.2, 0.4, 120.0, 40.0], dtype=np.float32)
+    mixed = mix_channels(image, mix)
+    assert (mixed == mixed[0]).all()
+    assert abs(mixed.mean() - 120) < 1
+    assert abs(mixed.std() - 40) < 1
+    inverted = mix_channels(image, mix * np.array([-1, -1, -1, 1, 1], dtype=np.float32))
+    assert np.corrcoef(mixed[0].ravel(), inverted[0].ravel())[0, 1] < -0.99
+    assert mix_channels(image, np.zeros(5, dtype=np.float32)) is image
+    flat = mix_channels(np.full_like(image, 9), mix)
+    assert (flat == 120).all()
+
+
+def test_mixing_is_drawn_apart_so_that_other_draws_stay() -> None:
+    plain = draw_augmentation(200, CONFIG, seed=1, epoch=2, batch=3)
+    config = dataclasses.replace(CONFIG, channel_mix=0.7)
+    mixed = draw_augmentation(200, config, seed=1, epoch=2, batch=3)
+    for name in ("flip", "top", "left", "boxes"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(mixed, name))
+    assert not plain.mix.any()
+    assert 0.55 < (mixed.mix[:, 4] > 0).mean() < 0.85
