@@ -151,7 +151,7 @@ def _facts(folder: Path, target: Target, test: dict[str, Any]) -> dict[str, str]
     made = target.root / "exp" / "synthetic.json"
     if made.is_file():
         seed = json.loads(made.read_text(encoding="utf-8")).get("seed")
-        facts["Data set"] += f"; drawn by `data synth`, seed {seed}: no real persons"
+        facts["Data set"] += f"; drawn (data synth, seed {seed}), no real persons"
     if "epoch" in checkpoint:
         facts["Checkpoint"] += f", epoch {checkpoint['epoch']} of {recipe.schedule.epochs}"
     best = folder / "best.json"

@@ -28,7 +28,7 @@ SYNTH = {
     "images": [2, 10],
 }
 TRAIN = [
-    *("--weights", "none", "--model.depth", "18"),
+    *("--weights", "none", "--model.depth", "18", "--run.seed", "1"),
     *("--data.height", "96", "--data.width", "48", "--data.pad", "4"),
     *("--data.identities", "8", "--data.images", "8", "--data.cache", "--data.workers", "0"),
     *("--data.validation", "10", "--schedule.epochs", "20", "--run.eval-every", "5"),
@@ -106,7 +106,7 @@ def results(tests: dict[str, Any]) -> dict[str, Any]:
 def table(tests: dict[str, Any]) -> str:
     """Both methods and chance side by side, percent."""
     columns = [*METHODS, "chance"]
-    lines = [f"{'%, mean ± std of ten trials':<27}" + "".join(f"{name:>16}" for name in columns)]
+    lines = [f"{'%, mean ± std of ten trials':<29}" + "".join(f"{name:>16}" for name in columns)]
     for setting in tests[METHODS[0]]["settings"]:
         mode, shots = setting.split("/")
         for metric in METRICS:
@@ -114,7 +114,7 @@ def table(tests: dict[str, Any]) -> str:
             found = [tests[method]["settings"][setting] for method in METHODS]
             cells = [f"{100 * s['mean'][metric]:.1f} ± {100 * s['std'][metric]:.1f}" for s in found]
             cells.append(f"{100 * found[0]['chance'][metric]:.1f}")
-            lines.append(f"{label:<27}" + "".join(f"{cell:>16}" for cell in cells))
+            lines.append(f"{label:<29}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 

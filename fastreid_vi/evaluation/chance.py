@@ -63,6 +63,7 @@ def chance_sysu(
             rows = here[right == n]
             valid[rows] = True
             cmc[rows] = _identity_cmc(images[images > 0], int(n), max_rank)
+            cmc[rows, 0] = n / images.sum()  # exact, where the quadrature rounds
             precision[rows], inverse[rows] = _precision(int(n), int(images.sum()))
     if not valid.any():
         raise ValueError(

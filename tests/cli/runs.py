@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from fastreid_vi import cli
+
+# A new interpreter finds the package where this one did, installed or not.
+PLACES = [str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, PLACES))}
 
 # Small in every direction: about two seconds of training.
 SMALL = [
@@ -41,7 +46,9 @@ def quietly(*argv: object) -> None:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
 
 
 def ids(root: Path, split: str) -> list[int]:

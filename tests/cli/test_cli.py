@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import SETTINGS, SMALL, ids, python
+from runs import ENVIRONMENT, SETTINGS, SMALL, ids, python
 
 from fastreid_vi.version import __version__
 
@@ -286,7 +285,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(tree: Path, tmp_pat
     argv = ["train", "baseline", "--data-root", tree, "--run-dir", folder, *SMALL]
     argv += ["--schedule.epochs", "2000", "--run.eval-every", "0"]
     command = [sys.executable, "-m", "fastreid_vi", *map(str, argv)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/step-*/state.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr
