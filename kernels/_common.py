@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,27 +63,3 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def block(size: int, largest: int, smallest: int = 16) -> int:
     """The block-size rule: the power of two that covers `size`, within [smallest, largest]."""
     return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))
-
-
-@triton.jit
-def _column_sums_kernel(
-    parts_ptr, out_ptr, parts, columns, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """out[n] = sum over r of parts[r, n], in a fixed order; one program owns BLOCK_N columns."""
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    total = tl.zeros([BLOCK_R, BLOCK_N], dtype=parts_ptr.dtype.element_ty)
-    for first in range(0, parts, BLOCK_R):
-        r = (first + tl.arange(0, BLOCK_R))[:, None]
-        inside = (r < parts) & (n < columns)
-        total += tl.load(parts_ptr + r.to(tl.int64) * columns + n, mask=inside, other=0.0)
-    out = tl.sum(total, axis=0)[None, :]
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
-
-
-def column_sums(parts: Tensor, out: Tensor) -> None:
-    """out = sum over the rows of parts [R, N], in a fixed order; `out` has N elements."""
-    height, columns = parts.shape
-    width = block(columns, 64)
-    _column_sums_kernel[(triton.cdiv(columns, width),)](
-        parts, out, height, columns, BLOCK_R=block(height, 2048 // width), BLOCK_N=width, **OPTIONS
-    )
