@@ -70,7 +70,10 @@ class Op:
         if backend == "triton":
             if importlib.util.find_spec("triton") is None:
                 return "Triton is not installed"
-            module = importlib.import_module(f"fastreid_vi.kernels.{self.family}")
+            try:
+                module = importlib.import_module(f"fastreid_vi.kernels.{self.family}")
+            except ImportError as error:
+                return f"Triton's kernels do not load: {error}"
             found: Callable[..., Any] = getattr(module, self.name)
             return found
         if native_missing:
