@@ -65,46 +65,41 @@ def test_layouts(emulated: Emulated, shape, dtype, layout):
     assert dx.stride() == x.stride()
 
 
-def strided(name: str, dtype: torch.dtype) -> Tensor:
-    base = seeded((3, 24, 10, 6), dtype)
-    last = base.contiguous(memory_format=torch.channels_last)
-    views = {
-        "batch slice": base[1:],
-        "channel slice": base[:, 5:21],
-        "channels_last channel slice": last[:, 8:16],
-        "channels_last, unaligned": last[:, 3:19],
-        "channels_last, odd channels": last[:, :13],
-        "every second channel": base[:, ::2],
-        "rows": base[:, :, 2:7],
-        "columns": base[:, :, :, 1:4],
-        "channels_last rows": last[:, :, 2:7],
-        "channels_last columns": last[:, :, :, 1:4],
-        "every second row": last[:, :, ::2],
-        "transposed": base.transpose(2, 3),
-        "batch last": base.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-        "expanded batch": base[:1].expand(3, -1, -1, -1),
-        "expanded positions": base[:, :, :1, :1].expand(-1, -1, 5, 4),
-        "expanded channels": base[:, :1].expand(-1, 16, -1, -1),
-    }
-    return views[name]
-
-
-VIEWS = (
-    "batch slice", "channel slice", "channels_last channel slice", "channels_last, unaligned",
-    "channels_last, odd channels", "every second channel", "rows", "columns", "channels_last rows",
-    "channels_last columns", "every second row", "transposed", "batch last", "expanded batch",
-    "expanded positions", "expanded channels",
-)  # fmt: skip
+# Views of one map, contiguous and channels_last.
+VIEWS = {
+    "batch slice": lambda x, last: x[1:],
+    "channel slice": lambda x, last: x[:, 5:21],
+    "channels_last channel slice": lambda x, last: last[:, 8:16],
+    "channels_last, unaligned": lambda x, last: last[:, 3:19],
+    "channels_last, odd channels": lambda x, last: last[:, :13],
+    "channels_last, odd pitch of positions": lambda x, last: x.as_strided(
+        (3, 16, 4, 5), (380, 1, 95, 19)
+    ),
+    "channels_last, odd pitch of samples": lambda x, last: x.as_strided(
+        (3, 16, 4, 5), (323, 1, 80, 16)
+    ),
+    "every second channel": lambda x, last: x[:, ::2],
+    "rows": lambda x, last: x[:, :, 2:7],
+    "columns": lambda x, last: x[:, :, :, 1:4],
+    "channels_last rows": lambda x, last: last[:, :, 2:7],
+    "channels_last columns": lambda x, last: last[:, :, :, 1:4],
+    "every second row": lambda x, last: last[:, :, ::2],
+    "transposed": lambda x, last: x.transpose(2, 3),
+    "batch last": lambda x, last: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded batch": lambda x, last: x[:1].expand(3, -1, -1, -1),
+    "expanded positions": lambda x, last: x[:, :, :1, :1].expand(-1, -1, 5, 4),
+    "expanded channels": lambda x, last: x[:, :1].expand(-1, 16, -1, -1),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides(emulated: Emulated, view, dtype):
-    x = strided(view, dtype)
+    base = seeded((3, 24, 10, 6), dtype)
+    x = VIEWS[view](base, base.contiguous(memory_format=torch.channels_last))
     dx = check(emulated, x)[2]
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    format = torch.channels_last if last else torch.contiguous_format
-    assert dx.is_contiguous(memory_format=format)
+    assert dx.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("offset", range(9))
