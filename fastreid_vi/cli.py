@@ -80,6 +80,7 @@ def data_synth(args: argparse.Namespace, console: Console) -> int:
             height=args.height,
             width=args.width,
             images=tuple(args.images),
+            train_images=tuple(args.train_images) if args.train_images else None,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=show,
@@ -309,6 +310,13 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
     add("--width", type=_count, default=64, metavar="PX", help="image width (64)")
     add("--images", type=_count, nargs=2, default=(2, 14), metavar=("MIN", "MAX"), help=IMAGES)
+    add(
+        "--train-images",
+        type=_count,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="the same for training identities (as --images)",
+    )
     add("--workers", type=_count, metavar="N", help="processes (one per core)")
     add("--overwrite", action="store_true", help="replace an earlier stand-in")
 

@@ -18,22 +18,34 @@ from typing import Any
 
 METHODS = ("baseline", "mpanet")
 METRICS = ("R1", "mAP", "mINP")
+# Many people with few pictures each: that is what a network without ImageNet weights learns from.
 SYNTH = {
-    "train_ids": 80,
+    "train_ids": 200,
     "val_ids": 12,
     "test_ids": 30,
     "seed": 0,
-    "height": 96,
-    "width": 48,
-    "images": [2, 10],
+    "height": 128,
+    "width": 64,
+    "images": [2, 12],
+    "train_images": [2, 4],
 }
+# The published recipes fine-tune ImageNet weights for a day on a GPU. From scratch, in minutes and on
+# two cores, the same losses need a small network, a higher rate for Adam and images whose colour and
+# polarity say nothing (data.channel-mix). Both methods get the same recipe.
 TRAIN = [
     *("--weights", "none", "--model.depth", "18", "--run.seed", "1"),
-    *("--data.height", "96", "--data.width", "48", "--data.pad", "4"),
-    *("--data.identities", "8", "--data.images", "8", "--data.cache", "--data.workers", "0"),
-    *("--data.validation", "10", "--schedule.epochs", "20", "--run.eval-every", "5"),
+    *("--data.height", "96", "--data.width", "48", "--data.pad", "5"),
+    *("--data.sampler", "identity_random", "--data.identities", "8", "--data.images", "8"),
+    *("--data.channel-mix", "0.6", "--data.erase", "0.3", "--data.resize", "bilinear"),
+    *("--data.cache", "--data.workers", "0", "--data.validation", "0"),
+    *("--optim.name", "adam", "--optim.lr", "7e-4", "--optim.backbone-lr-scale", "1"),
+    *("--schedule.gamma", "0.2", "--schedule.warmup-epochs", "1", "--run.eval-every", "0"),
 ]
-OF_METHOD: dict[str, list[str]] = {"baseline": [], "mpanet": []}
+# bfloat16 is worth a third more epochs where the processor computes in it.
+EPOCHS = {
+    "bf16": ("--schedule.epochs", "32", "--schedule.milestones", "23", "29"),
+    "fp32": ("--schedule.epochs", "22", "--schedule.milestones", "15", "19"),
+}
 
 
 def main() -> int:
@@ -45,11 +57,12 @@ def main() -> int:
 def demo(out: Path) -> int:
     """Run every step below `out`; returns the exit code."""
     start = time.monotonic()
+    precision = "bf16" if has_bfloat16() else "fp32"
     try:
         draw(out / "data")
         for method in METHODS:
             shutil.rmtree(out / method, ignore_errors=True)
-            flags = [*TRAIN, *OF_METHOD[method]]
+            flags = [*TRAIN, "--run.precision", precision, *EPOCHS[precision]]
             root = ["--data-root", out / "data", "--run-dir", out / method]
             command("train", f"{method}-sysu", *root, *flags)
             command("eval", out / method)
@@ -82,6 +95,19 @@ def draw(root: Path) -> None:
     for name, value in SYNTH.items():
         flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     command("data", "synth", root, *flags)
+
+
+def has_bfloat16() -> bool:
+    """Whether the device computes in bfloat16 faster than in float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return (
+        "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+        if Path("/proc/cpuinfo").exists()
+        else False
+    )
 
 
 def command(*words: Any) -> None:
