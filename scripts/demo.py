@@ -29,9 +29,9 @@ SYNTH = {
     "images": [2, 12],
     "train_images": [2, 4],
 }
-# The published recipes fine-tune ImageNet weights for a day on a GPU. From scratch, in minutes and on
-# two cores, the same losses need a small network, a higher rate for Adam and images whose colour and
-# polarity say nothing (data.channel-mix). Both methods get the same recipe.
+# The published recipes fine-tune ImageNet weights for a day on a GPU. From scratch, in minutes and
+# on two cores, the same losses need a small network, a higher rate for Adam and images whose colour
+# and polarity say nothing (data.channel-mix). Both methods get the same recipe.
 TRAIN = [
     *("--weights", "none", "--model.depth", "18", "--run.seed", "1"),
     *("--data.height", "96", "--data.width", "48", "--data.pad", "5"),
@@ -103,11 +103,8 @@ def has_bfloat16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return (
-        "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-        if Path("/proc/cpuinfo").exists()
-        else False
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "avx512_bf16" in cpuinfo.read_text()
 
 
 def command(*words: Any) -> None:
