@@ -1,31 +1,32 @@
-// The layer between our CUDA kernels and whatever compiles them: nvcc, NVRTC, or g++ (emulation.h
-// runs the kernels on the CPU, one fibre per thread, so that every one of them is executed without
-// a GPU).
+// The layer between our CUDA kernels and whatever compiles them: nvcc, NVRTC, or g++. With g++
+// (emulation.h) they run on the CPU, one fibre per thread, so that tests execute every kernel
+// without a GPU.
 //
-// A new kernel
-//   1. <family>.cuh: device code only. Include device.h, common.cuh and nothing of the host, no
-//   <cmath>,
-//      no <cstdint>: the file must also compile under NVRTC, which has no host headers. Write plain
-//      CUDA: threadIdx, __syncthreads, __shfl_xor_sync, powf. Only what g++ cannot read goes
-//      through this layer:
-//        SHARED_ARRAY(float, partial, [8][32]);   for  __shared__ float partial[8][32];
-//        DYNAMIC_SHARED(float, tile);             for  extern __shared__ float tile[];
-//      Inline PTX goes behind a function with `#ifdef __CUDACC__` and, for g++, a plain loop over
-//      the lanes.
-//   2. <family>.cu: checks, allocation, `launch(kernel, grid, block, shared_bytes, stream,
-//   arguments...)`,
-//      check_launch(), registration with FASTREID_VI_CUDA_ROOM (stream.h). Keep it thin: g++
-//      compiles this file too, for CPU tensors.
-//   3. tests/cuda/test_<family>.py: calls the op by its name through the `emulated` fixture, which
-//   runs it
-//      in three thread orders under a race detector; test_sanitizers.py runs the same file once
-//      more under the address and undefined-behaviour sanitizers. Nothing has to be built or bound
-//      by hand.
-//   4. tests/cuda/budgets.py: registers, vector loads. A kernel without a line there fails
-//      test_cuda_compiles.py, as does one that spills on sm_80, sm_90a or sm_100.
+// A new kernel, step by step
+//
+// <family>.cuh: device code only. It includes common.cuh and nothing of the host, no <cmath> and no
+// <cstdint>, for it must also compile under NVRTC, which has no host headers. Write plain CUDA:
+// threadIdx, __syncthreads, __shfl_xor_sync, powf. Only what g++ cannot read has a name here:
+//
+//   SHARED_ARRAY(float, partial, [8][32]);  // __shared__ float partial[8][32];
+//   DYNAMIC_SHARED(float, tile);            // extern __shared__ float tile[];
+//
+// Inline PTX goes behind a function with `#ifdef __CUDACC__` and, for g++, a loop over the lanes.
+//
+// <family>.cu: checks, allocation, launch(kernel, grid, block, shared_bytes, stream, arguments...),
+// check_launch(), and registration with FASTREID_VI_CUDA_ROOM, all from stream.h. Keep it thin. It
+// is compiled by g++ too: the same op then takes CPU tensors.
+//
+// tests/cuda/test_<family>_kernels.py: the contract of the op's own tests through EmulatedRoom
+// (room.py), and what only the kernel knows through the `emulated` fixture: emulated.gem_pool(x, p,
+// eps). Every test runs in three thread orders under a race detector, and once more under the
+// address and undefined-behaviour sanitizers. Nothing has to be built or bound by hand.
+//
+// tests/cuda/budgets.py: registers, shared memory, 128-bit accesses. A kernel without a line there
+// fails test_cuda_compiles.py, as does one that spills on sm_80, sm_90a or sm_100.
+//
 // The emulation has no TMA, wgmma, mbarrier, cluster or cooperative group, and blocks run one after
-// another: a kernel whose blocks wait for each other deadlocks there. Races between warps are found
-// by the detector (tests/cuda/races.cpp) whatever the order; only speed needs a GPU.
+// another: a kernel whose blocks wait for each other never ends there. Only speed needs a GPU.
 #pragma once
 
 #if defined(__CUDACC_RTC__)

@@ -1,9 +1,9 @@
 """Builds CUDA files for the CPU and drives the emulated library.
 
-`build` compiles csrc/cuda/*.cu with g++ (or files of a test's own) into one library, in one of two
-variants: "races" with the detector of races.cpp, "address" with the address and undefined-behaviour
-sanitizers. The library registers the same ops as `fastreid_vi._C`, for CPU tensors, as
-`torch.ops.fastreid_vi_emulated`.
+`build` compiles csrc/cuda/*.cu with g++ (or files of a test's own) into one library, in one of its
+variants: "races" with the detector of races.cpp, "ucontext" the same with portable fibres, "address"
+with the address and undefined-behaviour sanitizers. The library registers the same ops as
+`fastreid_vi._C`, for CPU tensors, as `torch.ops.fastreid_vi_emulated`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 VARIANTS = {
     "races": ["-fsanitize=thread"],  # only the calls; races.cpp answers them, no runtime is linked
+    "ucontext": ["-fsanitize=thread", "-DEMULATION_UCONTEXT"],  # the switch of other processors
     "address": [
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",
@@ -60,7 +61,7 @@ def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> 
 
     Args:
         folder: keeps objects between runs, named by the hash of everything they depend on.
-        variant: "races" or "address".
+        variant: one of `VARIANTS`.
         sources: device files without PyTorch; default: every csrc/cuda/*.cu.
     Returns:
         Path of the shared library.
@@ -82,7 +83,8 @@ def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> 
         jobs += [(source, [*flags, *VARIANTS[variant]]) for source in plain]
         link += VARIANTS[variant]
     else:  # the detector must not watch itself
-        jobs += [(source, [*flags, "-O2"]) for source in [*plain, HERE / "races.cpp"]]
+        portable = [flag for flag in VARIANTS[variant] if flag.startswith("-D")]
+        jobs += [(source, [*flags, *portable, "-O2"]) for source in [*plain, HERE / "races.cpp"]]
     made = [
         (
             folder / f"{source.stem}-{toolkit.key(source, flags, compiler_version())}.o",

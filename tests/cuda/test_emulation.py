@@ -213,6 +213,17 @@ def test_the_emulation_survives_an_error(kernels, data):
     np.testing.assert_array_equal(data[1][:THREADS], data[0][:THREADS][::-1])
 
 
+def test_portable_fibres(build_folder, data):
+    """On processors other than x86-64 ucontext switches between threads."""
+    kernels = Kernels(emulator.build(build_folder / "broken", "ucontext", [HERE / "broken.cu"]))
+    for order in emulator.ORDERS:
+        kernels.emulator.order(order)
+        assert kernels.two_tiles(*data) is None
+        assert kernels.reductions(*data) is None
+        assert "race on shared array tile" in (kernels.missing_second_barrier(*data) or "")
+        assert "divergent barrier" in (kernels.half_at_barrier(*data) or "")
+
+
 SANITIZED_RUN = """
 import ctypes, sys
 import numpy as np
