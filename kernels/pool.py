@@ -59,7 +59,7 @@ def _gem_pool_forward_kernel(
         x = tl.load(base + s[:, None].to(tl.int64) * stride_s, mask=inside, other=1.0).to(ACC)
         total += tl.where(inside, _power(x, p, KIND), 0.0)
     moment = tl.sum(total, axis=0) / positions + eps
-    # One root per channel: float64 costs nothing here, the fast float32 logarithm would cost accuracy.
+    # One root per channel: float64 costs nothing here, a fast float32 logarithm accuracy.
     wide = moment.to(tl.float64)
     pooled = tl.where(wide > 0, tl.exp2(tl.log2(tl.where(wide > 0, wide, 1.0)) / p), float("nan"))
     pooled = tl.where(wide == 0, 0.0, pooled)

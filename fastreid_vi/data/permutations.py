@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,31 @@ from fastreid_vi.data.images import DataError, ImageList, Int64
 CAMERAS = (1, 2, 3, 4, 5, 6)
 TRIALS = 10
 VARIABLE = "rand_perm_cam"
+HEADER = b"MATLAB 5.0 MAT-file, written by fastreid_vi"
+
+
+def save_mat(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> None:
+    """Write a MATLAB 5 file, whole or not at all; equal variables give equal bytes.
+
+    Args:
+        path: the file.
+        variables: name -> array.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from scipy.io import savemat
+
+    stream = io.BytesIO()
+    savemat(stream, dict(variables))
+    # The text of the header, 116 bytes, holds the time of writing.
+    content = HEADER.ljust(116) + stream.getvalue()[116:]
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Permutations(Mapping[tuple[int, int], Int64]):
@@ -108,8 +134,6 @@ class Permutations(Mapping[tuple[int, int], Int64]):
 
         The file appears whole or not at all.
         """
-        from scipy.io import savemat
-
         # Cell by cell: NumPy would stack equal-sized matrices into one numeric array.
         outer = np.empty((len(CAMERAS), 1), dtype=object)
         for cam in CAMERAS:
@@ -118,14 +142,7 @@ class Permutations(Mapping[tuple[int, int], Int64]):
                 rows = self._values[cam, pid]
                 inner[pid - 1, 0] = rows.astype(np.uint8 if rows.shape[1] <= 255 else np.uint16)
             outer[cam - 1, 0] = inner
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with partial.open("wb") as stream:
-                savemat(stream, {VARIABLE: outer})
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_mat(path, {VARIABLE: outer})
 
     @classmethod
     def draw(cls, images: ImageList, *, seed: int) -> Permutations:

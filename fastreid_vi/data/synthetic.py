@@ -24,7 +24,7 @@ from fastreid_vi.data.drawing.pedestrian import draw_person
 from fastreid_vi.data.drawing.roster import Entry, Range, draw_roster
 from fastreid_vi.data.drawing.scene import photograph
 from fastreid_vi.data.images import DataError
-from fastreid_vi.data.permutations import TRIALS, Permutations, folder_name
+from fastreid_vi.data.permutations import TRIALS, Permutations, folder_name, save_mat
 
 Progress = Callable[[int, int], None]
 
@@ -145,13 +145,10 @@ def _check_target(root: Path, overwrite: bool) -> None:
 
 def _write_lists(exp: Path, roster: Sequence[Entry], rng: np.random.Generator) -> None:
     """The identity lists and the gallery permutations."""
-    from scipy.io import savemat
-
     exp.mkdir()
     ids = {s: [e.pid for e in roster if e.split == s] for s in ("train", "val", "test")}
     for split, pids in ids.items():
-        with (exp / f"{split}_id.mat").open("wb") as stream:
-            savemat(stream, {"id": np.array([pids], np.uint16)})
+        save_mat(exp / f"{split}_id.mat", {"id": np.array([pids], np.uint16)})
     ids["available"] = sorted(pid for pids in ids.values() for pid in pids)
     for name, pids in ids.items():
         (exp / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n", encoding="ascii")

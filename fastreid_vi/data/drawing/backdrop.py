@@ -14,6 +14,8 @@ from fastreid_vi.data.drawing.figure import Floats
 Colour = tuple[int, int, int]
 Tone = Callable[[str], Colour]
 
+_CONTRAST = 0.5  # of the places, so that people stand out from them
+
 PLACES = {1: "hall", 2: "office", 3: "office", 4: "front", 5: "park", 6: "street"}
 
 # Ranges of hue, saturation and value in daylight, and of brightness in infrared, where leaves shine
@@ -55,6 +57,11 @@ def _toner(rng: Rng, infrared: bool) -> Tone:
 def _vary(rng: Rng, colour: Colour, by: int) -> Colour:
     d = int(rng.integers(-by, by + 1))
     return tuple(int(np.clip(c + d, 0, 255)) for c in colour)  # type: ignore[return-value]
+
+
+def _darker(colour: Colour) -> Colour:
+    red, green, blue = (int(c * 0.7) for c in colour)
+    return red, green, blue
 
 
 def _floor(
@@ -141,9 +148,9 @@ def _room(image: Image.Image, rng: Rng, tone: Tone, line: float) -> None:
             )
             draw.line(
                 [x1, 0, x1, line],
-                fill=_vary(rng, tuple(int(c * 0.7) for c in panel), 3),
+                fill=_vary(rng, _darker(panel), 3),
                 width=max(1, h // 150),
-            )  # type: ignore[arg-type]
+            )
         elif kind == "window":
             draw.rectangle(
                 [x + 0.08 * step, 0.05 * h, x1 - 0.08 * step, 0.45 * h], fill=tone("frame")
@@ -291,12 +298,18 @@ def plate(rng: Rng, place: str, infrared: bool, height: int, width: int, blur: f
     if place in ("park", "street"):
         _bokeh(image, rng, height, line)
     linear = (np.asarray(image, np.float32) / 255) ** 2.2
+    mean = linear.mean(axis=(0, 1))
+    linear = mean + _CONTRAST * (linear - mean)
     # Pools of light: low-frequency variation along the floor and the wall.
     x = np.linspace(0, 1, width)[None, :, None]
     y = np.linspace(0, 1, height)[:, None, None]
     waves = [rng.uniform(2, 14, 2).tolist() + rng.uniform(0, 6.28, 2).tolist() for _ in range(3)]
     pool = sum(np.sin(a * x + c) * np.sin(b * 0.4 * y + d) for a, b, c, d in waves)
-    return (linear * (1 + 0.10 * pool)).astype(np.float32)
+    # Haze: people stand out from what lies behind them.
+    mean = linear.mean((0, 1))
+    linear = mean + 0.55 * (linear - mean)
+    result: Floats = (linear * (1 + 0.10 * pool)).astype(np.float32)
+    return result
 
 
 def _bokeh(image: Image.Image, rng: Rng, height: int, line: float) -> None:

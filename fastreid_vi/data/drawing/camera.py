@@ -42,76 +42,76 @@ class Camera:
 _PI = math.pi
 CAMERAS = {
     1: Camera(
-        headings=((0.0, 5), (0.5, 2), (-0.5, 2), (_PI, 2)),
-        pitch=0.16,
+        headings=((0.0, 6), (0.2, 2), (-0.2, 2)),
+        pitch=0.164,
         distance=6,
         sun=0.7,
         warmth=0.05,
         azimuth=0.4,
         exposure=1.05,
         contrast=1.0,
-        blur=0.0025,
-        noise=0.012,
-        jitter=1.0,
+        blur=0.0015,
+        noise=0.006,
+        jitter=0.5,
     ),
     2: Camera(
-        headings=((_PI, 3), (0.3, 3), (2.5, 2), (-0.8, 2)),
-        pitch=0.24,
+        headings=((0.12, 6), (0.3, 2), (-0.2, 2)),
+        pitch=0.196,
         distance=5,
         sun=0.5,
         warmth=0.18,
         azimuth=-0.8,
         exposure=0.85,
         contrast=1.1,
-        blur=0.004,
-        noise=0.02,
-        jitter=1.2,
+        blur=0.0024,
+        noise=0.01,
+        jitter=0.6,
     ),
     3: Camera(
-        headings=((0.2, 4), (-0.6, 2), (_PI, 2), (0.9, 2)),
-        pitch=0.24,
+        headings=((0.06, 6), (-0.25, 2), (0.3, 2)),
+        pitch=0.196,
         distance=5,
         exposure=1.0,
         contrast=1.1,
-        blur=0.004,
-        noise=0.03,
-        jitter=1.0,
+        blur=0.0024,
+        noise=0.01,
+        jitter=0.5,
     ),
     4: Camera(
-        headings=((0.6, 3), (-0.6, 3), (2.6, 2), (0.0, 2)),
-        pitch=0.1,
+        headings=((-0.16, 6), (0.2, 2), (-0.35, 2)),
+        pitch=0.14,
         distance=10,
         sun=1.1,
         warmth=0.0,
         azimuth=0.9,
         exposure=1.0,
         contrast=1.15,
-        blur=0.003,
-        noise=0.012,
-        jitter=1.2,
+        blur=0.0018,
+        noise=0.006,
+        jitter=0.6,
     ),
     5: Camera(
-        headings=((1.2, 2), (-1.1, 2), (_PI, 3), (0.2, 2)),
-        pitch=0.2,
+        headings=((-0.1, 6), (0.3, 2), (-0.3, 2)),
+        pitch=0.18,
         distance=8,
         sun=0.9,
         warmth=-0.12,
         azimuth=-1.2,
         exposure=0.95,
         contrast=0.95,
-        blur=0.0045,
-        noise=0.015,
-        jitter=1.4,
+        blur=0.0027,
+        noise=0.0075,
+        jitter=0.7,
     ),
     6: Camera(
-        headings=((0.4, 3), (-0.9, 2), (1.2, 2), (_PI, 2)),
-        pitch=0.14,
+        headings=((0.16, 6), (-0.2, 2), (0.35, 2)),
+        pitch=0.156,
         distance=9,
         exposure=0.9,
         contrast=1.2,
-        blur=0.005,
-        noise=0.035,
-        jitter=1.3,
+        blur=0.003,
+        noise=0.0125,
+        jitter=0.65,
     ),
 }
 
@@ -124,6 +124,8 @@ class Walk:
     phase: float
     pace: float
     gain: float
+    tint: tuple[float, float, float]  # of the white balance
+    saturation: float
     sun: float
     place: float  # 0 to 1 along the backdrop
     folds: Floats  # [8, 6]
@@ -132,6 +134,7 @@ class Walk:
 def draw_walk(rng: Rng, camera: Camera) -> Walk:
     """A random pass."""
     angles, weights = np.array(camera.headings).T
+    red, blue = np.exp(rng.normal(0, 0.12, 2))
     folds = np.column_stack(
         [
             rng.uniform(8, 30, _GARMENTS),
@@ -143,10 +146,12 @@ def draw_walk(rng: Rng, camera: Camera) -> Walk:
         ]
     )
     return Walk(
-        heading=float(rng.choice(angles, p=weights / weights.sum()) + rng.normal(0, 0.22)),
+        heading=float(rng.choice(angles, p=weights / weights.sum()) + rng.normal(0, 0.09)),
         phase=float(rng.uniform(0, 2 * _PI)),
         pace=float(rng.uniform(0.5, 1.1)),
-        gain=float(np.exp(rng.normal(0, 0.12))),
+        gain=float(np.exp(rng.normal(0, 0.1))),
+        tint=(float(red), 1.0, float(blue)),
+        saturation=float(rng.uniform(0.25, 1.0)),
         sun=float(rng.uniform(0.6, 1.25)),
         place=float(rng.random()),
         folds=folds.astype(np.float32),
@@ -193,6 +198,10 @@ def develop(light: Floats, camera: Camera, walk: Walk, rng: Rng, *, infrared: bo
     gain = camera.exposure * walk.gain * math.exp(rng.normal(0, 0.06))
     if infrared:
         light = light[..., :1]
+    else:
+        grey = light @ np.array([0.3, 0.6, 0.1], np.float32)
+        light = grey[..., None] + walk.saturation * (light - grey[..., None])
+        light = light * np.array(walk.tint, np.float32)
     spread = camera.blur * height * rng.uniform(0.6, 1.5)
     motion = spread * rng.uniform(1.0, 1.6)
     light = gaussian_filter((light * (1 - edge) * gain).astype(np.float32), (spread, motion, 0))

@@ -80,7 +80,10 @@ def _within(x: Floats, half: float, soft: float = 0.006) -> Floats:
 def _folds(spots: Surface, f: Floats) -> Floats:
     """Two crossing waves, -1 to 1: different for every garment and pass."""
     up, around = spots.along, spots.angle
-    return np.sin(up * f[0] + around * f[1] + f[2]) * np.sin(up * f[3] - around * f[4] + f[5])
+    result: Floats = np.sin(up * f[0] + around * f[1] + f[2]) * np.sin(
+        up * f[3] - around * f[4] + f[5]
+    )
+    return result
 
 
 def _seam(spots: Surface) -> Floats:

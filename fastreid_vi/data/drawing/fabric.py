@@ -30,16 +30,16 @@ class Material(NamedTuple):
 
 
 MATERIALS = {
-    "cotton": Material((0.30, 0.85), 0.00, "flat", 0.00),
-    "denim": Material((0.25, 0.75), 0.02, "twill", 0.12),
-    "wool": Material((0.20, 0.80), 0.00, "rib", 0.20),
-    "fleece": Material((0.35, 0.90), 0.00, "fuzz", 0.10),
-    "nylon": Material((0.10, 0.85), 0.25, "quilt", 0.55),
-    "leather": Material((0.03, 0.30), 0.40, "flat", 0.00),
+    "cotton": Material((0.50, 0.72), 0.00, "flat", 0.00),
+    "denim": Material((0.40, 0.60), 0.02, "twill", 0.12),
+    "wool": Material((0.35, 0.60), 0.00, "rib", 0.20),
+    "fleece": Material((0.55, 0.78), 0.00, "fuzz", 0.10),
+    "nylon": Material((0.25, 0.55), 0.25, "quilt", 0.55),
+    "leather": Material((0.05, 0.16), 0.40, "flat", 0.00),
 }
-_FADES = 0.15  # share of dyes that cannot be told from the ground in infrared
-_HUES = (0.60, 0.62, 0.0, 0.08, 0.11, 0.35, 0.5, 0.92, 0.75, 0.15)
-_GREYS = (0.10, 0.18, 0.32, 0.55, 0.78, 0.92)
+_FADES = 0.06  # share of dyes that cannot be told from the ground in infrared
+_HUES = (0.60, 0.62, 0.0, 0.08, 0.11, 0.35)
+_VALUES = (0.14, 0.20, 0.30, 0.62, 0.85)
 
 
 class Reflectance(NamedTuple):
@@ -70,32 +70,33 @@ class Fabric:
 
 
 def draw_colour(rng: Rng) -> Colour:
-    """Linear RGB of a dye: what a street shows, greys and muted tones before bright ones."""
+    """Linear RGB of a dye: what a street shows, mostly greys and dark or muted tones."""
     kind = rng.random()
-    hue = rng.choice(_HUES) + rng.normal(0, 0.025)
-    if kind < 0.42:
-        saturation, value = rng.uniform(0.0, 0.12), rng.choice(_GREYS)
-    elif kind < 0.82:
-        saturation, value = rng.uniform(0.25, 0.6), rng.uniform(0.18, 0.75)
+    hue = rng.choice(_HUES) + rng.normal(0, 0.02)
+    value = rng.choice(_VALUES) * rng.uniform(0.92, 1.08)
+    if kind < 0.5:
+        saturation = rng.uniform(0.0, 0.1)
+    elif kind < 0.92:
+        saturation = rng.uniform(0.2, 0.45)
     else:
-        saturation, value = rng.uniform(0.6, 0.88), rng.uniform(0.4, 0.85)
+        saturation = rng.uniform(0.55, 0.8)
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, float(saturation), float(value))
     return red**2.2, green**2.2, blue**2.2
 
 
 def _tone(colour: Colour) -> float:
     """Perceived brightness."""
-    return (0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]) ** 0.45
+    return float((0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]) ** 0.45)
 
 
 def _draw_colours(rng: Rng) -> tuple[Colour, Colour, Colour]:
     """Three colours of different brightness, so that a pattern of them can be seen."""
-    colours = [draw_colour(rng)]
-    while len(colours) < 3:
-        colour = draw_colour(rng)
-        if min(abs(_tone(c) - _tone(colour)) for c in colours) > 0.12:
-            colours.append(colour)
-    return colours[0], colours[1], colours[2]
+    ground = second = third = draw_colour(rng)
+    while abs(_tone(second) - _tone(ground)) < 0.28:
+        second = draw_colour(rng)
+    while min(abs(_tone(third) - _tone(c)) for c in (ground, second)) < 0.15:
+        third = draw_colour(rng)
+    return ground, second, third
 
 
 def _draw_reflectances(rng: Rng, span: tuple[float, float]) -> tuple[float, float, float]:
@@ -104,7 +105,7 @@ def _draw_reflectances(rng: Rng, span: tuple[float, float]) -> tuple[float, floa
     values = [ground]
     for _ in range(2):
         fades = rng.random() < _FADES
-        apart = rng.choice([-1.0, 1.0]) * rng.uniform(*((0.0, 0.05) if fades else (0.25, 0.55)))
+        apart = rng.choice([-1.0, 1.0]) * rng.uniform(*((0.0, 0.05) if fades else (0.3, 0.6)))
         value = ground + apart if 0.04 <= ground + apart <= 0.95 else ground - apart
         values.append(float(np.clip(value, 0.03, 0.95)))
     return values[0], values[1], values[2]
@@ -131,11 +132,11 @@ def draw_fabric(
         gloss=material.gloss,
         colours=_draw_colours(rng),
         reflectances=_draw_reflectances(rng, material.reflectance),
-        period=float(rng.uniform(0.07, 0.20)),
+        period=float(rng.uniform(0.10, 0.26)),
         duty=float(rng.uniform(0.3, 0.6)),
         motif=int(rng.integers(6)),
         level=float(length * rng.uniform(0.35, 0.8)),
-        span=float(rng.uniform(0.06, 0.13)),
+        span=float(rng.uniform(0.08, 0.16)),
         phase=float(rng.random()),
     )
 

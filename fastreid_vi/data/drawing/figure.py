@@ -11,12 +11,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # float32 where it is stored
 Ints = NDArray[np.int64]
 
 # Samples per pixel and axis: below about 1.2 the far side shows through the near one.
@@ -70,7 +70,8 @@ def rotation(yaw: float, pitch: float) -> Floats:
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
     turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     tilt = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    return (tilt @ turn).astype(np.float32)
+    result: Floats = (tilt @ turn).astype(np.float32)
+    return result
 
 
 def project(points: NDArray[np.floating], view: View) -> Floats:
@@ -122,7 +123,8 @@ class _Samples(NamedTuple):
 
 
 def _unit(x: Floats) -> Floats:
-    return x / np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), np.float32(1e-9))
+    result: Floats = x / np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), np.float32(1e-9))
+    return result
 
 
 def _cross(a: Floats, b: Floats) -> Floats:

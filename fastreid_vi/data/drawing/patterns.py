@@ -36,7 +36,8 @@ def _edge(x: Floats, soft: float) -> Floats:
 
 def _repeat(x: Floats) -> Floats:
     """Position in a repeat of period 1, -0.5 to 0.5."""
-    return x - np.floor(x) - np.float32(0.5)
+    result: Floats = x - np.floor(x) - np.float32(0.5)
+    return result
 
 
 def _wave(x: Floats, duty: float) -> Floats:
@@ -123,7 +124,7 @@ def _print(c: Cloth) -> Shares:
 
 def _logo(c: Cloth) -> Shares:
     """A small mark over the heart."""
-    size = 0.045
+    size = 0.06
     return _motif(c.motif, (c.across - 0.07) / size, (c.along - c.level) / size), None
 
 
@@ -184,4 +185,5 @@ def relief(weave: str, depth: float, c: Cloth) -> Floats:
     }
     if weave not in waves:
         return np.ones_like(c.along)
-    return (1 - depth * (0.5 + 0.5 * waves[weave]())).astype(np.float32)
+    result: Floats = (1 - depth * (0.5 + 0.5 * waves[weave]())).astype(np.float32)
+    return result

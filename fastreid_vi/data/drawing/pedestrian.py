@@ -14,7 +14,7 @@ SKIN, HEAD, HAIR, TOP, SLEEVE, INNER, BOTTOM, HOSE, SHOES, HAT, BAG, SCARF = ran
 Weights = dict[str, float]
 
 _TOP_PATTERNS: Weights = {
-    "plain": 5.0,
+    "plain": 2.5,
     "stripes": 3.0,
     "pinstripes": 1.0,
     "check": 1.0,
@@ -31,7 +31,7 @@ _TOP_PATTERNS: Weights = {
     "fade": 0.8,
 }
 _BOTTOM_PATTERNS: Weights = {
-    "plain": 8.0,
+    "plain": 6.0,
     "pinstripes": 0.6,
     "check": 0.6,
     "plaid": 0.6,
@@ -175,7 +175,7 @@ def _build(rng: Rng, slight: float) -> dict[str, float]:
         "height": _around(rng, 1.78 - 0.13 * slight, 0.06, 1.5, 1.98),
         "shoulder": _around(rng, 0.122 - 0.016 * slight, 0.006, 0.095, 0.14),
         "hip": _around(rng, 0.088 + 0.008 * slight, 0.005, 0.078, 0.11),
-        "bulk": float(np.clip(1.0 + 0.13 * heavy, 0.82, 1.38)),
+        "bulk": float(np.clip(1.02 + 0.20 * heavy, 0.75, 1.5)),
         "belly": _around(rng, 0.1 + 0.25 * max(heavy, 0), 0.1, 0.0, 0.8),
         "legs": _around(rng, 0.505, 0.014, 0.47, 0.54),
         "head": float(rng.uniform(0.94, 1.08)),
@@ -226,7 +226,7 @@ def _top(rng: Rng, slight: float) -> str:
 def _sleeve_length(rng: Rng, top: str) -> str:
     lengths: dict[str, Weights] = {
         "tee": {"short": 1},
-        "vest": {"long": 2, "short": 1},
+        "vest": {"long": 2, "short": 1, "none": 0.7},
         "dress": {"long": 1, "short": 1, "none": 0.7},
         "shirt": {"long": 6, "short": 1},
     }
@@ -244,7 +244,7 @@ def draw_person(rng: Rng) -> Person:
     """A random pedestrian: the same generator state gives the same person."""
     slight = rng.random()  # one latent axis ties height, build, hair and clothes loosely together
     top = _top(rng, slight)
-    below: Weights = {"trousers": 6, "shorts": 1.3, "skirt": 2.0 * slight}
+    below: Weights = {"trousers": 4, "shorts": 1.6, "skirt": 2.4 * slight}
     bottom = "skirt" if top == "dress" else _pick(rng, below)
     hood = 1.0 if top in ("hoodie", "puffer") else 0.0
     bag = _pick(
@@ -265,22 +265,22 @@ def draw_person(rng: Rng) -> Person:
         side=int(rng.choice([-1, 1])),
         hair=_hairstyle(rng, slight),
         beard=bool(rng.random() < 0.35 * (1 - slight)),
-        hat=_pick(rng, {"none": 5.5, "cap": 1.4, "beanie": 1.2, "brim": 0.8, "hood": hood}),
+        hat=_pick(rng, {"none": 4, "cap": 1.4, "beanie": 1.2, "brim": 1.2, "hood": hood}),
         glasses=_pick(rng, {"none": 2.6, "clear": 1, "dark": 0.7}),
         scarf=bool(rng.random() < (0.3 if top in ("coat", "jacket", "sweater") else 0.08)),
         top=top,
         sleeves=_sleeve_length(rng, top),
         hem=_hem(rng, top),
         ease=_EASE.get(top, 0.008) + float(rng.uniform(0, 0.012)),
-        flare=float(rng.uniform(0.0, 0.35)),
+        flare=float(rng.uniform(0.0, 0.6)),
         collar=top in ("shirt", "jacket", "coat") or bool(rng.random() < 0.15),
         opening=float(rng.uniform(0.3, 0.7)) if rng.random() < _OPEN.get(top, 0.0) else 0.0,
         bottom=bottom,
-        cut=float(rng.choice([0.030, 0.040, 0.052, 0.075, 0.10]) * rng.uniform(0.9, 1.1)),
+        cut=float(rng.choice([0.028, 0.040, 0.060, 0.085, 0.12]) * rng.uniform(0.9, 1.1)),
         length=float(rng.uniform(0.26, 0.36) if bottom == "shorts" else rng.uniform(0.12, 0.38)),
         stripe=bottom == "trousers" and bool(rng.random() < 0.2),
         boots=bool(rng.random() < 0.3),
         bag=bag,
-        bag_size=float(rng.uniform(0.75, 1.25)),
+        bag_size=float(rng.uniform(0.85, 1.45)),
         fabrics=_wardrobe(rng, top),
     )

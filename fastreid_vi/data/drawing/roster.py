@@ -48,9 +48,9 @@ class Entry:
 def _test_cameras(count: int) -> list[Cameras]:
     """One pattern for each test identity, in the real proportions as far as so few allow."""
     (everywhere, outdoors), rare = list(TEST_PATTERNS)[:2], list(TEST_PATTERNS)[2:]
-    each = max(1, round(count / 96))
-    chosen = [pattern for pattern in rare for _ in range(each)]
-    full = max(round(0.55 * count), _INDOOR - 2 * each)
+    share = count / sum(TEST_PATTERNS.values())
+    chosen = [p for p in rare for _ in range(max(1, round(TEST_PATTERNS[p] * share)))]
+    full = max(round(TEST_PATTERNS[everywhere] * share), _INDOOR - sum(1 in p for p in chosen))
     if len(chosen) + full + 1 > count:  # a tiny set: mostly persons seen everywhere
         full = -(-7 * count // 10)
         chosen = [rare[0], outdoors, *rare[1:]][: count - full]
@@ -88,7 +88,7 @@ def draw_roster(
     before = (total - val) * 5 // 8
     splits = [*others[:before], *["val"] * val, *others[before:]]
     for_test = _test_cameras(test)
-    cameras = {
+    cameras: dict[str, list[tuple[int, ...]]] = {
         "train": _train_cameras(train, rng),
         "val": [(3, 4, 5)] * val,
         "test": [for_test[k] for k in rng.permutation(test)],
@@ -97,7 +97,7 @@ def draw_roster(
     roster = []
     for pid, split in zip(pids, splits, strict=True):
         low, high = images["train" if split == "outside" else str(split)]
-        seen = {cam: int(rng.integers(low, high + 1)) for cam in cameras[split].pop()}
+        seen = {cam: int(rng.integers(low, high + 1)) for cam in cameras[str(split)].pop()}
         roster.append(Entry(int(pid), str(split), seen))
     _hold_both_sizes(roster, images["test"])
     return tuple(roster)

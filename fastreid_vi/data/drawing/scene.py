@@ -27,9 +27,9 @@ from fastreid_vi.data.drawing.shade import Light, illuminate
 from fastreid_vi.data.drawing.skeleton import Moment
 
 _PASSERS_BY = 16  # other people of a place
-_COMPANY = 0.25  # share of pictures with one of them in the background
-_OBSTACLE = 0.12  # share of pictures with something in front of the person
-_CARELESS = 0.08  # share of badly cut boxes
+_COMPANY = 0.08  # share of pictures with one of them in the background
+_OBSTACLE = 0.04  # share of pictures with something in front of the person
+_CARELESS = 0.03  # share of badly cut boxes
 
 
 def photograph(
@@ -84,7 +84,7 @@ def _plate(seed: int, number: int, height: int, width: int) -> Floats:
     place = PLACES[number]
     # Cameras in the same place share its layout, not their colours.
     rng = np.random.default_rng([seed, 7, list(PLACES.values()).index(place)])
-    blur = 0.004 + 0.004 * (number % 3)
+    blur = 0.012 + 0.012 * (number % 3)  # the lens is on the person, the place behind is soft
     return plate(rng, place, number in INFRARED_CAMERAS, height, width, blur)
 
 
@@ -126,7 +126,8 @@ def _passer_by(
     other = _stranger(seed, int(rng.integers(_PASSERS_BY)))
     moment = Moment(rng.uniform(0, 2 * math.pi), 0.0, 1.0)
     _draw(canvas, other, moment, view, light, walk, infrared=infrared, shadow=0.3)
-    return gaussian_filter(canvas, (0.004 * height, 0.004 * height, 0))
+    result: Floats = gaussian_filter(canvas, (0.004 * height, 0.004 * height, 0))
+    return result
 
 
 def _draw(
@@ -165,7 +166,7 @@ def _draw(
 def _box(person: Person, camera: Camera, walk: Walk, rng: Rng, height: int, width: int) -> View:
     """What a detector cuts out: the person roughly centred, now and then badly cut."""
     loose = camera.jitter * (2.2 if rng.random() < _CARELESS else 1.0)
-    fill = float(np.clip(rng.normal(0.885, 0.03 * loose), 0.70, 1.12))
+    fill = float(np.clip(rng.normal(0.885, 0.02 * loose), 0.70, 1.12))
     pitch = camera.pitch + rng.normal(0, 0.02)
     tall = person.height * (1.03 if person.hat == "none" else 1.06)
     return View(
@@ -173,6 +174,6 @@ def _box(person: Person, camera: Camera, walk: Walk, rng: Rng, height: int, widt
         pitch=pitch,
         distance=camera.distance,
         scale=fill * height / (tall * math.cos(pitch) + 0.25 * math.sin(pitch)),
-        x=width * (0.5 + rng.normal(0, 0.04 * loose)),
+        x=width * (0.5 + rng.normal(0, 0.025 * loose)),
         y=height * (0.48 + fill / 2 + rng.normal(0, 0.012 * loose)),
     )

@@ -67,7 +67,8 @@ def illuminate(
     ambient = np.array(light.sky, np.float32) * up + np.array(light.ground, np.float32) * (1 - up)
     direct = np.clip(n @ direction, 0, 1)[:, None] * sun
     matt = what.visible * (ambient + direct) * shadow[:, None]
-    return matt + 0.4 * (what.gloss * shine)[:, None] * sun
+    result: Floats = matt + 0.4 * (what.gloss * shine)[:, None] * sun
+    return result
 
 
 def _occlusion(surface: Surface, height: int, width: int, scale: float) -> Floats:
@@ -79,4 +80,5 @@ def _occlusion(surface: Surface, height: int, width: int, scale: float) -> Float
         uniform_filter(uniform_filter(x.reshape(height, width), size), size) for x in (depth, mask)
     )
     around = (total / np.maximum(count, 1e-4)).ravel()[surface.pixel]
-    return 1 - np.float32(0.55) * np.clip((around - surface.depth) / 0.07, 0, 1)
+    result: Floats = 1 - np.float32(0.55) * np.clip((around - surface.depth) / 0.07, 0, 1)
+    return result
