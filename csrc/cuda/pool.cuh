@@ -23,10 +23,6 @@ constexpr int kPoolWarps = kPoolThreads / kWarp;
 template <typename T>
 constexpr int kPoolColumns = kWarp * Vector<T>::size;
 
-// Positions in flight per thread. powf itself fills the time of a load; unrolled, pow would spill.
-template <bool cube>
-constexpr int kPoolUnroll = cube ? 4 : 1;
-
 // x^p. `cube`: p is 3, the published exponent, and no call to powf is compiled in; otherwise p
 // decides, alike for all threads.
 template <bool cube, typename A>
@@ -48,7 +44,8 @@ __device__ __forceinline__ A raised_less_one(A x, A p) {
 
 // channels_last: a block takes one sample and kPoolColumns channels. Lane l of every warp reads the
 // l-th vector of channels, warp w the positions w, w + 8, ...; the warps' sums meet in shared
-// memory.
+// memory. Four positions are in flight, with powf one: it fills the time of a load, and the double
+// version would spill.
 template <typename T, bool cube>
 __global__ void __launch_bounds__(kPoolThreads)
     gem_pool_channels_last_kernel(const T* __restrict__ x, T* __restrict__ pooled,
@@ -65,7 +62,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   A sum[size] = {};
   if (first + lane * size < shape.channels) {
     const T* column = x + sample * strides.batch + first + lane * size;
-#pragma unroll kPoolUnroll<cube>
+#pragma unroll(cube ? 4 : 1)
     for (int s = warp; s < shape.positions; s += kPoolWarps) {
       const Vector<T> v = load_vector(column + s * strides.position);
 #pragma unroll
@@ -154,7 +151,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (int i = 0; i < size; ++i) scale[i] = scales[lane * size + i];
   const T* from = x + sample * strides.batch + channel;
   T* to = dx + sample * dx_strides.batch + channel;
-#pragma unroll kPoolUnroll<cube>
+#pragma unroll(cube ? 4 : 1)
   for (int s = warp; s < shape.positions; s += kPoolWarps) {
     Vector<T> v = load_vector(from + s * strides.position);
 #pragma unroll
