@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-only --benchmark-json results.json
     python benchmarks/report.py results.json
 
-A row is one op, shape and mode; every other formulation is given as a multiple of our time, measured
-in the same run. Slower rows are printed like faster ones.
+A row is one op, shape and mode; every other formulation is given as a multiple of our time,
+measured in the same run. Slower rows are printed like faster ones.
 """
 
 from __future__ import annotations
