@@ -11,8 +11,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
 
@@ -93,15 +94,30 @@ def synthesize(
         _write_lists(partial / "exp", roster, rng)
         (partial / "exp" / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="ascii")
         _write_pictures(partial, roster, seed, (height, width), workers, progress)
-        if place.exists():
-            shutil.rmtree(place)
-        partial.replace(place)
+        _move(partial, place)
     except OSError as error:
         why = error.strerror or error
         raise DataError(f"{target}: cannot be written: {why}; nothing was kept") from error
+    except BrokenExecutor as error:
+        why = "a drawing process was killed"
+        raise DataError(f"{target}: {why}, perhaps for its memory; nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _move(partial: Path, place: Path) -> None:
+    """Put the finished folder in its place; an earlier one goes only when the new one stands."""
+    earlier = partial.with_suffix(".earlier")
+    if place.exists():
+        place.rename(earlier)
+    try:
+        partial.rename(place)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(place)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _check(
@@ -188,7 +204,13 @@ def _finished(
             yield _write_person(str(folder), entry, seed, *size)
         return
     # Spawned, not forked: the caller may run threads, for a progress bar or in OpenMP.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    # Ctrl-C reaches them too; only this process speaks.
+    pool = ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     try:
         jobs = [pool.submit(_write_person, str(folder), entry, seed, *size) for entry in roster]
         for job in as_completed(jobs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,32 @@ class TestBadInput:
         assert "\n" not in str(caught.value)
         monkeypatch.undo()
         assert contents(tmp_path) == before
+
+    def test_the_earlier_folder_survives_a_failed_exchange(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root = synthesize(tmp_path / "d", workers=1, seed=1, **TINY)
+        before = contents(tmp_path)
+        real = Path.rename
+
+        def fail(self: Path, target: Path) -> Path:
+            if self.suffix == ".partial":
+                raise OSError(errno.EBUSY, "busy")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(DataError, match=r"d: cannot be written: busy"):
+            synthesize(root, workers=1, overwrite=True, **TINY)
+        assert contents(tmp_path) == before
+
+    def test_a_killed_process_is_one_line(self, tmp_path: Path) -> None:
+        def kill(done: int, total: int) -> None:
+            for process in multiprocessing.active_children() if done else []:
+                process.kill()
+
+        with pytest.raises(DataError, match=r"d: a drawing process was killed"):
+            synthesize(tmp_path / "d", workers=2, progress=kill, **TINY)
+        assert not list(tmp_path.iterdir())
 
     def test_an_interrupt_leaves_nothing(self, tmp_path: Path) -> None:
         def interrupt(done: int, total: int) -> None:
