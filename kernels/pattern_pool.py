@@ -245,11 +245,12 @@ def _products(dtype: torch.dtype, *, exact: bool = True) -> dict[str, Any]:
 
 def _tile(map: Rows) -> dict[str, int]:
     """64 positions, and 64 channels or, where these are contiguous, 256 bytes of them."""
-    width = 256 // map.tensor.element_size() if map.channel == 1 else 64
+    size = map.tensor.element_size()
+    wide = 256 // size if map.channel == 1 else 64
     return {
-        "BLOCK_S": block(map.positions, 64 if map.tensor.element_size() < 8 else 32),
+        "BLOCK_S": block(map.positions, 64 if size < 8 else 32),
         "BLOCK_P": MAPS,
-        "BLOCK_C": block(map.channels, width),
+        "BLOCK_C": block(map.channels, wide if size < 8 else 32),
     }
 
 
