@@ -23,7 +23,7 @@ SYNTH = {
     "train_ids": 200,
     "val_ids": 12,
     "test_ids": 30,
-    "seed": 0,
+    "seed": 20,
     "height": 128,
     "width": 64,
     "images": [2, 12],
