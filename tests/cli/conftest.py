@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import SMALL, Said, quietly
 
 from fastreid_vi import cli
+from tests.cli.runs import SMALL, Said, quietly
 
 
 @pytest.fixture

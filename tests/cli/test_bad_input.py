@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import SMALL, Said, ids
+
+from tests.cli.runs import SMALL, Said, ids
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ENVIRONMENT, SETTINGS, SMALL, ids, python
 
 from fastreid_vi.version import __version__
+from tests.cli.runs import ENVIRONMENT, SETTINGS, SMALL, ids, python
 
 
 def test_help_of_every_verb_loads_nothing_heavy() -> None:
