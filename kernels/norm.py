@@ -22,8 +22,9 @@ def _statistics_kernel(
     Sums are shifted by the first position and the variance takes a second walk (it hits the cache),
     so that a large mean costs no precision.
     """
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     base = x_ptr + b * stride_b + c.to(tl.int64) * stride_c
     shift = tl.load(base, mask=c < channels, other=0.0).to(ACC)
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
@@ -53,9 +54,10 @@ def _blend_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = m x + (1 - m) rstd (x - mean); one program owns a tile of a sample."""
-    b = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    blocks_c, blocks_s = tl.cdiv(channels, BLOCK_C), tl.cdiv(positions, BLOCK_S)
+    b = (tl.program_id(0) // (blocks_c * blocks_s)).to(tl.int64)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.program_id(0) // blocks_c % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S)
     there = c < channels
     per_channel = b * channels + c
     mean = tl.load(mean_ptr + per_channel, mask=there, other=0.0)[None, :]
@@ -77,8 +79,9 @@ def _gradient_sums_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over positions of g and of g (x - mean); programs as in the statistics kernel."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     column = c[None, :].to(tl.int64)
     per_channel = b * channels + c
     mean = tl.load(mean_ptr + per_channel, mask=c < channels, other=0.0)[None, :]
@@ -105,9 +108,10 @@ def _gradient_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = on_g g + on_x (x - mean) + offset; one program owns a tile of a sample."""
-    b = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    blocks_c, blocks_s = tl.cdiv(channels, BLOCK_C), tl.cdiv(positions, BLOCK_S)
+    b = (tl.program_id(0) // (blocks_c * blocks_s)).to(tl.int64)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.program_id(0) // blocks_c % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S)
     there = c < channels
     per_channel = b * channels + c
     mean = tl.load(mean_ptr + per_channel, mask=there, other=0.0)[None, :]
@@ -142,12 +146,10 @@ def _kind(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _map_grid(map: Rows, tile: dict[str, int]) -> tuple[int, int, int]:
-    return (
-        triton.cdiv(map.channels, tile["BLOCK_C"]),
-        triton.cdiv(map.positions, tile["BLOCK_S"]),
-        map.batches,
-    )
+def _map_grid(map: Rows, tile: dict[str, int]) -> tuple[int]:
+    """One axis: the second and third end at 65535, which a batch may exceed."""
+    columns = triton.cdiv(map.channels, tile["BLOCK_C"])
+    return (columns * triton.cdiv(map.positions, tile["BLOCK_S"]) * map.batches,)
 
 
 def modality_alleviation(
@@ -161,7 +163,7 @@ def modality_alleviation(
     acc = _kind(features.dtype)
     if map.batches:
         tile = _reduction_tile(map)
-        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]), map.batches)
+        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _statistics_kernel[grid](
             map.tensor, mean, rstd, *map[2:], eps=eps, **tile, ACC=acc, **OPTIONS
         )
@@ -191,7 +193,7 @@ def modality_alleviation_backward(
     sum_g, sum_gc = torch.empty_like(mean), torch.empty_like(mean)
     if map.batches:
         tile = _reduction_tile(map)
-        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]), map.batches)
+        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gradient_sums_kernel[grid](
             given.tensor, map.tensor, mean, sum_g, sum_gc, map.channels, map.positions,
             *given[4:], *map[4:], **tile, ACC=acc, **OPTIONS,

@@ -49,8 +49,9 @@ def _gem_pool_forward_kernel(
 
     One program owns one sample and BLOCK_C channels and walks over the positions.
     """
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     base = x_ptr + b * stride_b + c[None, :].to(tl.int64) * stride_c
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
     for first in range(0, positions, BLOCK_S):
@@ -76,8 +77,9 @@ def _gem_pool_backward_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """dx = grad moment^(1/p - 1) / S x^(p-1); programs as in the forward pass, KIND of p - 1."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     per_channel = b * channels + c
     grad = tl.load(grad_ptr + per_channel, mask=c < channels, other=0.0).to(ACC)
     wide = tl.load(moment_ptr + per_channel, mask=c < channels, other=1.0).to(tl.float64)
@@ -119,7 +121,7 @@ def gem_pool(features: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
     moment = features.new_empty(features.shape[:2], dtype=accumulator(features.dtype))
     if map.batches:
         tile = _tile(map)
-        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]), map.batches)
+        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gem_pool_forward_kernel[grid](
             map.tensor, pooled, moment, *map[2:], p, eps,
             **tile, ACC=_accumulator(features.dtype), KIND=_kind(p), **OPTIONS,
@@ -132,7 +134,7 @@ def gem_pool_backward(grad: Tensor, features: Tensor, moment: Tensor, p: float) 
     map, dx = rows(features), map_like(features)
     if map.batches:
         tile, out = _tile(map), rows(dx)
-        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]), map.batches)
+        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gem_pool_backward_kernel[grid](
             grad, map.tensor, moment, dx, *map[2:], out.batch, out.channel, out.position, p,
             **tile, ACC=_accumulator(features.dtype), KIND=_kind(p - 1.0), **OPTIONS,
