@@ -63,7 +63,7 @@ def batch_hard_triplet_loss(
     >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [3.0]])
     >>> round(batch_hard_triplet_loss(x, torch.tensor([0, 0, 1]), margin=3.0).loss.item(), 3)
-    1.5
+    1.333
 
     Spec: lba 3 (L_tri), aligngan. Golden: lba/triplet, mpanet/center_cluster. Backends: reference.
     """
