@@ -23,7 +23,7 @@ OPTIONAL = {
     "cupy": "CUDA rooms without nvcc",
 }
 ROOMS = ("reference", "cpu", "triton", "cuda")
-COMPILE = "pip install -e . with a C++20 compiler"
+COMPILE = "pip install --no-build-isolation -e . with a C++20 compiler"
 
 
 def inspect() -> dict[str, Any]:

@@ -157,7 +157,8 @@ def _pattern_logit_gradient_kernel(
         a = tl.load(maps_ptr + at, mask=inside, other=0.0).to(ACC)
         d = d * a * (1.0 - a)
         part = db_ptr + tl.program_id(0).to(tl.int64) * maps + p
-        tl.store(part, tl.sum(d, axis=0), mask=p < maps)
+        # Few numbers, and they cancel: float64 costs nothing here.
+        tl.store(part, tl.sum(d.to(tl.float64), axis=0), mask=p < maps)
     tl.store(dz_ptr + at, d, mask=inside)
 
 
@@ -309,7 +310,7 @@ def pattern_pool_backward(
     blocks_c = triton.cdiv(map.channels, tile["BLOCK_C"])
     weight, maps, grad_pooled = weight.contiguous(), maps.contiguous(), grad_pooled.contiguous()
     dz = torch.empty_like(maps, dtype=kind)
-    db_parts = dz.new_empty(map.batches * blocks, count)
+    db_parts = dz.new_empty(map.batches * blocks, count, dtype=torch.float64)
     _pattern_logit_gradient_kernel[(map.batches * blocks, triton.cdiv(count, MAPS))](
         map.tensor, grad_pooled, grad_maps.contiguous(), maps, dz, db_parts,
         *map[2:], count, blocks, SIGMOID=sigmoid, **tile, **products, **OPTIONS,
