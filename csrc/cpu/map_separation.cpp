@@ -15,11 +15,12 @@ using torch::stable::Tensor;
 
 constexpr int64_t kLanes = 16;  // independent sums, so that they vectorise
 
-// One map meets the sum of those before it, and joins it.
+// One map meets the sum of those before it, and joins it; gives their overlap.
 template <typename T, bool Dense>
-FASTREID_VI_CLONES void add_overlap(const T* map, int64_t positions, int64_t stride,
-                                    double* earlier, double* lane) {
+FASTREID_VI_CLONES double meet(const T* __restrict map, int64_t positions, int64_t stride,
+                               double* __restrict earlier) {
   const int64_t step = Dense ? 1 : stride;
+  double lane[kLanes] = {};
   int64_t s = 0;
   for (; s + kLanes <= positions; s += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -28,11 +29,14 @@ FASTREID_VI_CLONES void add_overlap(const T* map, int64_t positions, int64_t str
       earlier[s + i] += a;
     }
   }
+  double sum = 0;
   for (; s < positions; ++s) {
     const auto a = static_cast<double>(static_cast<accumulate_t<T>>(map[s * step]));
-    lane[0] += a * earlier[s];
+    sum += a * earlier[s];
     earlier[s] += a;
   }
+  for (const double part : lane) sum += part;
+  return sum;
 }
 
 template <typename T, typename A, bool Dense>
@@ -59,18 +63,16 @@ double pairs(const FeatureMap& maps) {
 template <typename T>
 double overlap(const FeatureMap& map, int64_t b, double* earlier) {
   const T* x = map.tensor.const_data_ptr<T>() + b * map.batch;
-  double lane[kLanes] = {};
+  double sum = 0;
   std::fill(earlier, earlier + map.positions, 0.0);
   for (int64_t p = 0; p < map.channels; ++p) {
     const T* row = x + p * map.channel;
     if (map.position == 1) {
-      add_overlap<T, true>(row, map.positions, 1, earlier, lane);
+      sum += meet<T, true>(row, map.positions, 1, earlier);
     } else {
-      add_overlap<T, false>(row, map.positions, map.position, earlier, lane);
+      sum += meet<T, false>(row, map.positions, map.position, earlier);
     }
   }
-  double sum = 0;
-  for (const double part : lane) sum += part;
   return sum;
 }
 

@@ -118,7 +118,7 @@ def test_doctor(call) -> None:
         (
             "fastreid_vi._C",
             0,
-            "missing: the C++ extension _C was not built: pip install -e . with a C++20",
+            "missing: the C++ extension _C was not built: pip install --no-build-isolation -e .",
         ),
         ("fastreid_vi._retrieval", 0, "missing: the C++ extension _retrieval was not built"),
         ("triton", 0, "Triton is not installed"),
