@@ -45,11 +45,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_values(tensor: torch.Tensor) -> bool:
-    """Whether checks that read the data run: on CPU always, on CUDA only when asked for."""
-    return tensor.device.type == "cpu" or os.environ.get("FASTREID_VI_CHECK_VALUES") == "1"
-
-
 @dataclass
 class Op:
     """One op and its rooms."""
