@@ -83,11 +83,11 @@ def _pattern_softmax_kernel(logits_ptr, maps_ptr, positions, BLOCK: tl.constexpr
         inside = first + lane < positions
         z = tl.load(logits_ptr + row + first + lane, mask=inside, other=float("-inf"))
         total += tl.exp(z - highest)
-    scale = 1.0 / tl.sum(total, axis=0)
+    weight = tl.sum(total, axis=0)
     for first in range(0, positions, BLOCK):
         inside = first + lane < positions
         z = tl.load(logits_ptr + row + first + lane, mask=inside, other=float("-inf"))
-        a = tl.exp(z - highest) * scale
+        a = tl.exp(z - highest) / weight
         tl.store(maps_ptr + row + first + lane, a.to(maps_ptr.dtype.element_ty), mask=inside)
 
 
