@@ -1,5 +1,6 @@
 // Generalised-mean pooling. Channels-last maps are read as rows of channels, NCHW maps as rows of
-// positions; both keep the inner axis contiguous, and sum in short runs so that float32 stays accurate.
+// positions; both keep the inner axis contiguous, and sum in short runs so that float32 stays
+// accurate.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -108,15 +109,16 @@ void moments(const FeatureMap& map, F f, accumulate_t<T>* moment, double eps) {
   const A n = static_cast<A>(map.positions), bias = static_cast<A>(eps);
   if (map.channel == 1) {
     const int64_t blocks = (map.channels + kColumns - 1) / kColumns;
-    fastreid_vi::parallel(map.batches * blocks, map.positions * kColumns, [&](int64_t from, int64_t to) {
-      for (int64_t item = from; item < to; ++item) {
-        const int64_t b = item / blocks, c = item % blocks * kColumns;
-        A* total = moment + b * map.channels + c;
-        const int64_t width = std::min(kColumns, map.channels - c);
-        sum_columns(x + b * map.batch + c, map.positions, map.position, width, f, total);
-        for (int64_t i = 0; i < width; ++i) total[i] = total[i] / n + bias;
-      }
-    });
+    fastreid_vi::parallel(
+        map.batches * blocks, map.positions * kColumns, [&](int64_t from, int64_t to) {
+          for (int64_t item = from; item < to; ++item) {
+            const int64_t b = item / blocks, c = item % blocks * kColumns;
+            A* total = moment + b * map.channels + c;
+            const int64_t width = std::min(kColumns, map.channels - c);
+            sum_columns(x + b * map.batch + c, map.positions, map.position, width, f, total);
+            for (int64_t i = 0; i < width; ++i) total[i] = total[i] / n + bias;
+          }
+        });
   } else {
     fastreid_vi::parallel(map.batches * map.channels, map.positions, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
@@ -145,7 +147,8 @@ std::tuple<Tensor, Tensor> gem_pool(const Tensor& features, double p, double eps
   return {pooled, moment};
 }
 
-Tensor gem_pool_backward(const Tensor& grad, const Tensor& features, const Tensor& moment, double p) {
+Tensor gem_pool_backward(const Tensor& grad, const Tensor& features, const Tensor& moment,
+                         double p) {
   const FeatureMap map = fastreid_vi::feature_map(features);
   const bool last = fastreid_vi::is_channels_last(features);
   Tensor out = fastreid_vi::empty_map(features, last);
@@ -167,7 +170,7 @@ Tensor gem_pool_backward(const Tensor& grad, const Tensor& features, const Tenso
           for (int64_t row = a; row < z; ++row) {
             const int64_t b = row / map.positions, s = row % map.positions;
             scale_columns(x + b * map.batch + s * map.position, scale.data() + b * map.channels,
-                      map.channels, f, dx + b * to.batch + s * to.position);
+                          map.channels, f, dx + b * to.batch + s * to.position);
           }
         });
         return;

@@ -1,8 +1,8 @@
 """Builds CUDA files for the CPU and drives the emulated library.
 
 `build` compiles csrc/cuda/*.cu with g++ (or files of a test's own) into one library, in one of its
-variants: "races" with the detector of races.cpp, "ucontext" the same with portable fibres, "address"
-with the address and undefined-behaviour sanitizers. The library registers the same ops as
+variants: "races" with the detector of races.cpp, "ucontext" the same with portable fibres,
+"address" with the address and undefined-behaviour sanitizers. The library registers the same ops as
 `fastreid_vi._C`, for CPU tensors, as `torch.ops.fastreid_vi_emulated`.
 """
 

@@ -24,9 +24,7 @@ CASES = {
         call=lambda: pattern(128, 2048, 24, 8, dtype=torch.bfloat16, last=False), matrix=True
     ),
     "MCJA": Case(
-        call=lambda: pattern(
-            128, 512, 48, 24, dtype=torch.float16, maps=12, activation="softmax"
-        ),
+        call=lambda: pattern(128, 512, 48, 24, dtype=torch.float16, maps=12, activation="softmax"),
         matrix=True,
     ),
     "float64": Case(call=lambda: pattern(16, 2048, 24, 8, dtype=torch.float64), matrix=True),
