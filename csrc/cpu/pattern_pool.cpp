@@ -1,10 +1,10 @@
 // Pattern maps and the features pooled under them.
 //
-// Two stacks of `count` maps meet the features x: one along channels (weights, or gradients of pooled
-// features) and one along positions (the maps, or gradients of their logits). x is read in rows along
-// its contiguous axis: positions are rows of channels-last maps, channels are rows of NCHW maps. The
-// stack along the rows holds one coefficient per row and map, the stack along the contiguous axis
-// holds one vector per map. Neither layout ever makes a copy of x.
+// Two stacks of `count` maps meet the features x: one along channels (weights, or gradients of
+// pooled features) and one along positions (the maps, or gradients of their logits). x is read in
+// rows along its contiguous axis: positions are rows of channels-last maps, channels are rows of
+// NCHW maps. The stack along the rows holds one coefficient per row and map, the stack along the
+// contiguous axis holds one vector per map. Neither layout ever makes a copy of x.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -24,7 +24,8 @@ using fastreid_vi::accumulate_t;
 using fastreid_vi::FeatureMap;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroups = 64;  // partial weight gradients: fixed, so that sums do not follow the threads
+constexpr int64_t kGroups =
+    64;  // partial weight gradients: fixed, so that sums do not follow the threads
 
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -59,7 +60,10 @@ struct Stack {
 // Sizes of one call, and where the rows of x run.
 struct Plan {
   explicit Plan(const FeatureMap& x, int64_t maps)
-      : samples(x.batches), channels(x.channels), positions(x.positions), maps(maps),
+      : samples(x.batches),
+        channels(x.channels),
+        positions(x.positions),
+        maps(maps),
         count(rounded_up(maps, 2)) {}
   int64_t samples, channels, positions;
   int64_t maps, count;  // count: padded to an even number by maps that are zero
@@ -160,8 +164,8 @@ void activate(const Plan& plan, Stack<A> z, const T* bias, bool sigmoid, T* out)
   }
 }
 
-// Calls body(sample) for all samples: side by side where there are enough of them, otherwise one after
-// the other with threads inside each. Both ways compute every element by the same sums.
+// Calls body(sample) for all samples: side by side where there are enough of them, otherwise one
+// after the other with threads inside each. Both ways compute every element by the same sums.
 template <typename F>
 void each_sample(int64_t count, int64_t cost, const F& body) {
   if (count >= static_cast<int64_t>(torch::stable::get_num_threads())) {
@@ -223,8 +227,8 @@ std::tuple<Tensor, Tensor> pattern_pool(const Tensor& features, const Tensor& we
   return {pooled, maps};
 }
 
-// dz from da (in place) and, for the bias, its sums over positions. A bias moves all positions alike,
-// which softmax cancels: its gradient is zero, not rounding noise.
+// dz from da (in place) and, for the bias, its sums over positions. A bias moves all positions
+// alike, which softmax cancels: its gradient is zero, not rounding noise.
 template <typename T, typename A>
 void logit_gradient(const Plan& plan, Stack<A> a, Stack<A> d, const T* grad, bool sigmoid,
                     double* sums) {
@@ -273,9 +277,11 @@ void outer_product(const FeatureMap& to, int64_t b, T* data, const Plan& plan, S
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> pattern_pool_backward(
-    const Tensor& grad_pooled, const Tensor& grad_maps, const Tensor& features,
-    const Tensor& weight, const Tensor& maps, const std::string& activation) {
+std::tuple<Tensor, Tensor, Tensor> pattern_pool_backward(const Tensor& grad_pooled,
+                                                         const Tensor& grad_maps,
+                                                         const Tensor& features,
+                                                         const Tensor& weight, const Tensor& maps,
+                                                         const std::string& activation) {
   const FeatureMap map = fastreid_vi::feature_map(features);
   const Plan plan(map, weight.size(0));
   const bool sigmoid = activation == "sigmoid", by_position = rows_are_positions(map);

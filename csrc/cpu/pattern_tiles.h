@@ -53,8 +53,8 @@ constexpr int64_t kPitch = 64;     // rows of vectors are padded to this many el
 namespace fastreid_vi {
 
 #ifdef FASTREID_VI_MANY_TILES
-// 4 for AVX-512, 3 for AVX2, 1 for neither. PyTorch's own limit, ATEN_CPU_CAPABILITY=avx2 or default,
-// holds here too: it is how the narrower tiles are tested on a wider machine.
+// 4 for AVX-512, 3 for AVX2, 1 for neither. PyTorch's own limit, ATEN_CPU_CAPABILITY=avx2 or
+// default, holds here too: it is how the narrower tiles are tested on a wider machine.
 inline int tile_level() {
   static const int level = [] {
     const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
