@@ -218,8 +218,8 @@ def _centres(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centre_pairs(centre: Tensor, speaks: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """Distances between centres [N, N], mask of pairs, 1 / number of ordered pairs."""
-    distance = torch.cdist(centre, centre, compute_mode="donot_use_mm_for_euclid_dist")
-    distance = distance.clamp_min(SQUARE_FLOOR**0.5)
+    # The expanded square in float64: as exact as differences, without their N x N x D work.
+    distance = distance_matrix(centre.double(), centre.double(), "euclidean").to(centre.dtype)
     pairs = speaks[:, None] & speaks[None, :]
     pairs = pairs & ~torch.eye(centre.shape[0], dtype=torch.bool, device=centre.device)
     return distance, pairs, 1.0 / pairs.sum().clamp_min(1).to(centre.dtype)
