@@ -13,8 +13,7 @@ help:
 	@echo "make bench  benchmarks on this machine"
 	@echo "make gpu    every GPU test, then the benchmarks; uses the python3 that holds PyTorch"
 
-# The newest Python with a PyTorch wheel on disk is not our business: TORCH and PYTHON can be set.
-# Dependencies of the project come after PyTorch, so that its version stays the one named above.
+# PyTorch comes before the dependencies of the project, so that its version stays the one named above.
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77,<82" wheel

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,3 +64,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def block(size: int, largest: int, smallest: int = 16) -> int:
     """The block-size rule: the power of two that covers `size`, within [smallest, largest]."""
     return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))
+
+
+def reduction_tile(map: Rows) -> dict[str, int]:
+    """Tile of a kernel that walks over all positions of a few channels.
+
+    16-byte loads along the dense axis, whole rows of positions where that is H W.
+    """
+    if map.channel == 1:
+        return {"BLOCK_S": 16, "BLOCK_C": block(map.channels, 128)}
+    return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
+
+
+def accumulator_kind(dtype: torch.dtype) -> tl.dtype:
+    """`accumulator` as Triton names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreid_vi.kernels._common import OPTIONS, Rows, accumulator, block, map_like, rows
+from fastreid_vi.kernels._common import (
+    OPTIONS,
+    Rows,
+    accumulator,
+    accumulator_kind,
+    block,
+    map_like,
+    reduction_tile,
+    rows,
+)
 
 
 @triton.jit
@@ -128,22 +137,11 @@ def _gradient_kernel(
     tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _reduction_tile(map: Rows) -> dict[str, int]:
-    """Tile of the kernels that walk over all positions of a few channels."""
-    if map.channel == 1:
-        return {"BLOCK_S": 16, "BLOCK_C": block(map.channels, 128)}
-    return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
-
-
 def _map_tile(map: Rows) -> dict[str, int]:
     """Tile of the kernels that own a piece of a map."""
     if map.channel == 1:
         return {"BLOCK_S": 8, "BLOCK_C": block(map.channels, 256)}
     return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
-
-
-def _kind(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _map_grid(map: Rows, tile: dict[str, int]) -> tuple[int]:
@@ -160,9 +158,9 @@ def modality_alleviation(
     kind = accumulator(features.dtype)
     mean = features.new_empty(features.shape[:2], dtype=kind)
     rstd = torch.empty_like(mean)
-    acc = _kind(features.dtype)
+    acc = accumulator_kind(features.dtype)
     if map.batches:
-        tile = _reduction_tile(map)
+        tile = reduction_tile(map)
         grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _statistics_kernel[grid](
             map.tensor, mean, rstd, *map[2:], eps=eps, **tile, ACC=acc, **OPTIONS
@@ -189,10 +187,10 @@ def modality_alleviation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the map, in its memory format, and of both weights."""
     map, given, dx = rows(features), rows(grad), map_like(features)
-    acc = _kind(features.dtype)
+    acc = accumulator_kind(features.dtype)
     sum_g, sum_gc = torch.empty_like(mean), torch.empty_like(mean)
     if map.batches:
-        tile = _reduction_tile(map)
+        tile = reduction_tile(map)
         grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gradient_sums_kernel[grid](
             given.tensor, map.tensor, mean, sum_g, sum_gc, map.channels, map.positions,

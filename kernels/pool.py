@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreid_vi.kernels._common import OPTIONS, Rows, accumulator, block, map_like, rows
+from fastreid_vi.kernels._common import (
+    OPTIONS,
+    accumulator,
+    accumulator_kind,
+    map_like,
+    reduction_tile,
+    rows,
+)
 from fastreid_vi.kernels.map_separation import map_separation_loss, map_separation_loss_backward
 from fastreid_vi.kernels.pattern_pool import pattern_pool, pattern_pool_backward
 
@@ -103,28 +109,17 @@ def _kind(p: float) -> int:
     return int(p) if p in (0.0, 1.0, 2.0, 3.0) else -1
 
 
-def _tile(map: Rows) -> dict[str, int]:
-    """16-byte loads along the dense axis, whole positions of a few channels where that is H W."""
-    if map.channel == 1:
-        return {"BLOCK_S": 16, "BLOCK_C": block(map.channels, 128)}
-    return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def gem_pool(features: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
     """Pooled features [B, C] and the moment [B, C] that the gradient needs."""
     map = rows(features)
     pooled = features.new_empty(features.shape[:2])
     moment = features.new_empty(features.shape[:2], dtype=accumulator(features.dtype))
     if map.batches:
-        tile = _tile(map)
+        tile = reduction_tile(map)
         grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gem_pool_forward_kernel[grid](
             map.tensor, pooled, moment, *map[2:], p, eps,
-            **tile, ACC=_accumulator(features.dtype), KIND=_kind(p), **OPTIONS,
+            **tile, ACC=accumulator_kind(features.dtype), KIND=_kind(p), **OPTIONS,
         )  # fmt: skip
     return pooled, moment
 
@@ -133,10 +128,10 @@ def gem_pool_backward(grad: Tensor, features: Tensor, moment: Tensor, p: float) 
     """Gradient map, in the memory format of `features`."""
     map, dx = rows(features), map_like(features)
     if map.batches:
-        tile, out = _tile(map), rows(dx)
+        tile, out = reduction_tile(map), rows(dx)
         grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
         _gem_pool_backward_kernel[grid](
             grad, map.tensor, moment, dx, *map[2:], out.batch, out.channel, out.position, p,
-            **tile, ACC=_accumulator(features.dtype), KIND=_kind(p - 1.0), **OPTIONS,
+            **tile, ACC=accumulator_kind(features.dtype), KIND=_kind(p - 1.0), **OPTIONS,
         )  # fmt: skip
     return dx
