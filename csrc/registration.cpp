@@ -20,6 +20,38 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
   m.def(
       "modality_alleviation_backward(Tensor grad, Tensor features, Tensor reduce_weight, "
       "Tensor expand_weight, Tensor mean, Tensor rstd, Tensor gate) -> (Tensor, Tensor, Tensor)");
+  m.def("pairwise_distance(Tensor x, Tensor? y, str metric) -> Tensor");
+  m.def(
+      "pairwise_distance_backward(Tensor grad, Tensor x, Tensor? y, Tensor distance, str metric) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "batch_hard_triplet_loss(Tensor embeddings, Tensor labels, Tensor? references, "
+      "Tensor? reference_labels, float margin, str metric) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_hard_triplet_loss_backward(Tensor grad, Tensor embeddings, Tensor? references, "
+      "Tensor positive, Tensor negative, Tensor weight, str metric) -> (Tensor, Tensor)");
+  m.def(
+      "weighted_triplet_loss(Tensor embeddings, Tensor labels, bool stable) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "weighted_triplet_loss_backward(Tensor grad, Tensor embeddings, Tensor labels, "
+      "Tensor positive, Tensor negative, Tensor slope, Tensor stats, bool stable) -> Tensor");
+  m.def(
+      "center_cluster_loss(Tensor embeddings, Tensor labels, float margin) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "center_cluster_loss_backward(Tensor grad_pull, Tensor grad_push, Tensor embeddings, "
+      "Tensor first, Tensor radius, float margin) -> Tensor");
+  m.def("soft_rank(Tensor values, float strength, bool descending) -> (Tensor, Tensor)");
+  m.def(
+      "soft_rank_backward(Tensor grad, Tensor blocks, float strength, bool descending) -> Tensor");
+  m.def(
+      "cross_modality_retrieval_loss(Tensor embeddings, Tensor labels, Tensor modalities, "
+      "float strength) -> Tensor");
+  m.def(
+      "cross_modality_retrieval_loss_backward(Tensor grad, Tensor embeddings, Tensor labels, "
+      "Tensor modalities, float strength) -> Tensor");
 }
 
 // Importing the module runs the static registrars; it has no Python content of its own.

@@ -6,6 +6,7 @@ Plain `if ... raise` on static facts (rank, dtype, device, sizes), so that
 
 from __future__ import annotations
 
+import os
 from typing import Literal, get_args
 
 import torch
@@ -67,6 +68,33 @@ def labels_of(name: str, labels: Tensor, rows: int, device: torch.device) -> Non
         raise ValueError(f"{name}: expected int64 of shape [{rows}], got {described(labels)}")
     if labels.device != device:
         raise ValueError(f"{name}: expected device {device}, got {labels.device}")
+
+
+class NonFiniteError(ValueError):
+    """An argument holds NaN or infinity where no answer is possible."""
+
+
+def values_wanted(device: str) -> bool:
+    """Whether values are checked: a look at CUDA tensors would stop their stream."""
+    return device == "cpu" or os.environ.get("FASTREID_VI_CHECK_VALUES") == "1"
+
+
+def explain_nan(result: Tensor, name: str, rows: Tensor) -> None:
+    """Raise if the scalar `result` is NaN and a row of `rows` [N, D] is the reason."""
+    if not bool(torch.isnan(result)):
+        return
+    bad = ~rows.isfinite().all(dim=1)
+    if bool(bad.any()):
+        row = int(bad.to(torch.uint8).argmax())
+        value = rows[row][~rows[row].isfinite()][0].item()
+        raise NonFiniteError(f"{name}: expected finite numbers, got {value} in row {row}")
+
+
+def embeddings(name: str, tensor: Tensor) -> None:
+    """Embeddings [N, D], floating, D >= 1."""
+    floating(name, tensor, "N, D")
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [N, D] with D >= 1, got {described(tensor)}")
 
 
 def choice(name: str, value: str, allowed: object) -> None:

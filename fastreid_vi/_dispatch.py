@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from fastreid_vi import _backend
+from fastreid_vi import _backend, _checks
 
 NAMESPACE: Final = "fastreid_vi"
 NATIVE: Final = "fastreid_vi_native"
@@ -54,6 +54,7 @@ class Op:
     reference: Callable[..., Any]
     backends: tuple[str, ...]
     refuses: Callable[..., str | None]
+    verify: Callable[..., None] | None = None
     _found: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
 
     def _find(self, backend: str) -> Callable[..., Any] | str:
@@ -113,7 +114,10 @@ class Op:
         """Compute by the chosen room."""
         found = self.room(self.choose(*args))
         assert not isinstance(found, str)  # `choose` never returns a room that is missing
-        return found(*args)
+        result = found(*args)
+        if self.verify is not None and _checks.values_wanted(_device(args)):
+            self.verify(result, *args)
+        return result
 
 
 OPS: Final[dict[str, Op]] = {}
@@ -171,6 +175,7 @@ def register(
     fake: Callable[..., Any],
     backends: tuple[str, ...] = (),
     refuses: Callable[..., str | None] = _runs_everywhere,
+    verify: Callable[..., None] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     autocast: torch.dtype | None = None,
@@ -185,6 +190,9 @@ def register(
         fake: shapes, dtypes and strides of the results.
         backends: rooms beside `reference`.
         refuses: `refuses(backend, *args)` gives the reason why a room cannot take these arguments.
+        verify: `verify(result, *args)` raises where the values of the arguments left no answer. Runs
+            after the room, on CPU tensors always and on CUDA tensors with
+            FASTREID_VI_CHECK_VALUES=1: a look at the result costs less than one at the input.
         setup_context, backward: gradient, as for `torch.library.register_autograd`. Without
             `backward` the op refuses to be differentiated.
         autocast: floating-point arguments are cast to this dtype under autocast.
@@ -193,7 +201,8 @@ def register(
     Returns:
         The overload, to call from the public function.
     """
-    op = OPS[name] = Op(name, reference.__module__.rsplit(".", 1)[-1], reference, backends, refuses)
+    family = reference.__module__.rsplit(".", 1)[-1]
+    op = OPS[name] = Op(name, family, reference, backends, refuses, verify)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ORDER:

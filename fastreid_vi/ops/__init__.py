@@ -1,14 +1,11 @@
 """Fused, differentiable ops for visible-infrared re-identification."""
 
+from fastreid_vi.ops.cluster import CenterCluster, center_cluster_loss
 from fastreid_vi.ops.distance import pairwise_distance
 from fastreid_vi.ops.norm import modality_alleviation
 from fastreid_vi.ops.pool import PatternPool, gem_pool, map_separation_loss, pattern_pool
-from fastreid_vi.ops.triplet import (
-    CenterCluster,
-    TripletLoss,
-    batch_hard_triplet_loss,
-    center_cluster_loss,
-)
+from fastreid_vi.ops.softrank import cross_modality_retrieval_loss, soft_rank
+from fastreid_vi.ops.triplet import TripletLoss, batch_hard_triplet_loss, weighted_triplet_loss
 
 __all__ = [
     "CenterCluster",
@@ -16,9 +13,12 @@ __all__ = [
     "TripletLoss",
     "batch_hard_triplet_loss",
     "center_cluster_loss",
+    "cross_modality_retrieval_loss",
     "gem_pool",
     "map_separation_loss",
     "modality_alleviation",
     "pairwise_distance",
     "pattern_pool",
+    "soft_rank",
+    "weighted_triplet_loss",
 ]

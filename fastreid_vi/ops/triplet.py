@@ -1,4 +1,4 @@
-"""Ranking losses on embeddings: batch-hard triplet and MPANet's centre cluster loss."""
+"""Triplet losses on embeddings: batch-hard, and weighted regularised (AGW)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from fastreid_vi import _checks
 from fastreid_vi._checks import Metric
 from fastreid_vi._dispatch import register
 from fastreid_vi.ops._shared import accumulator
-from fastreid_vi.ops.distance import SQUARE_FLOOR, distance_matrix
+from fastreid_vi.ops.distance import SQUARE_FLOOR, distance_matrix, weighted_differences
+
+WEIGHT_EPS = 1e-6
+"""Added to the denominators of the weights of `weighted_triplet_loss`, as published."""
+INFINITY = float("inf")
 
 
 class TripletLoss(NamedTuple):
@@ -19,14 +23,6 @@ class TripletLoss(NamedTuple):
 
     loss: Tensor  # scalar
     correct: Tensor  # scalar int64, anchors whose negative is at least as far as their positive
-
-
-class CenterCluster(NamedTuple):
-    """Result of `center_cluster_loss`; loss = pull + push."""
-
-    loss: Tensor  # scalar
-    pull: Tensor  # scalar, mean distance to the own centre
-    push: Tensor  # scalar, mean hinge between centres
 
 
 def batch_hard_triplet_loss(
@@ -48,7 +44,7 @@ def batch_hard_triplet_loss(
     Distances below 1e-6 (euclidean) are clamped and get no gradient.
 
     Args:
-        embeddings: [N, D], floating.
+        embeddings: [N, D], floating, D >= 1.
         labels: [N], int64.
         margin: hinge offset, in units of the distance.
         metric: "euclidean", "sqeuclidean" or "cosine".
@@ -59,68 +55,73 @@ def batch_hard_triplet_loss(
         anchors whose negative is at least as far as their positive.
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        NonFiniteError: a NaN or infinity in the embeddings leaves no loss (a ValueError; on CUDA
+            tensors only with FASTREID_VI_CHECK_VALUES=1, else the loss is NaN).
 
     >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [3.0]])
     >>> round(batch_hard_triplet_loss(x, torch.tensor([0, 0, 1]), margin=3.0).loss.item(), 3)
     1.333
 
-    Spec: lba 3 (L_tri), aligngan. Golden: lba/triplet, mpanet/center_cluster. Backends: reference.
+    Spec: lba 3 (L_tri), aligngan 3.3. Golden: lba/triplet, mpanet/center_cluster,
+    aligngan/triplet. Backends: cpu, triton, cuda.
     """
-    _checks.floating("embeddings", embeddings, "N, D")
+    _checks.embeddings("embeddings", embeddings)
     _checks.labels_of("labels", labels, embeddings.shape[0], embeddings.device)
     _checks.choice("metric", metric, Metric)
     if margin != margin:
         raise ValueError("margin: expected a number, got nan")
-    if references is None or reference_labels is None:
-        if references is not None or reference_labels is not None:
-            raise ValueError("references, reference_labels: expected both or none")
-        references, reference_labels = embeddings, labels
-    else:
+    if (references is None) != (reference_labels is None):
+        raise ValueError("references, reference_labels: expected both or none")
+    if references is not None and reference_labels is not None:
         _checks.floating("references", references, "M, D")
         shape = (references.shape[0], embeddings.shape[1])
         _checks.shaped_like("references", references, shape, embeddings)
         _checks.labels_of("reference_labels", reference_labels, shape[0], embeddings.device)
-    return TripletLoss(
-        *_batch_hard(embeddings, labels, references, reference_labels, margin, metric)[:2]
-    )
+    outputs = _batch_hard(embeddings, labels, references, reference_labels, margin, metric)
+    return TripletLoss(*outputs[:2])
 
 
-def center_cluster_loss(
-    embeddings: Tensor, labels: Tensor, *, margin: float = 0.7
-) -> CenterCluster:
-    """MPANet's centre cluster loss: rows near their centre, centres apart.
+def weighted_triplet_loss(
+    embeddings: Tensor, labels: Tensor, *, stable: bool = False
+) -> TripletLoss:
+    """Weighted regularised triplet loss: softly weighted distances in place of the hardest.
 
-    c_y = mean of the rows with label y; the gradient flows through the centres
-    pull = mean over rows i of |x_i - c_{y_i}|
-    push = mean over identity pairs p < q of max(0, margin - |c_p - c_q|)
+    L = mean over anchors i of log(1 + exp(f+_i - f-_i))
+    f+_i = sum over positives j (i among them) of w_ij d_ij,  w ~ exp(d_ij - m+_i)
+    f-_i = sum over negatives j of w_ij d_ij,                 w ~ exp(-d_ij - m-_i)
 
-    The identities may come in any order and number of rows. A row that equals its centre gets the
-    zero gradient. A single identity has push = 0; an empty batch has loss 0.
+    d is the euclidean distance; the weights are divided by their sum + 1e-6; m+ is the largest
+    positive distance. In the published form m- is zero, so that distances beyond about 14 vanish
+    against the 1e-6 and f- falls to zero: normalise the embeddings first, or shift by the nearest
+    negative (`stable`). The gradient passes through the weights, as published. Anchors without a
+    negative are left out; none left gives zero.
 
     Args:
-        embeddings: [N, D], floating.
+        embeddings: [N, D], floating, D >= 1.
         labels: [N], int64.
-        margin: distance that centres are pushed apart to, > 0.
+        stable: m- is minus the smallest negative distance instead of zero.
     Returns:
-        `CenterCluster(loss, pull, push)`, float32 scalars (float64 for float64).
+        `TripletLoss(loss, correct)`: float32 scalar (float64 for float64) and the int64 count of
+        anchors with f- >= f+.
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        NonFiniteError: a NaN or infinity in the embeddings leaves no loss (as for
+            `batch_hard_triplet_loss`).
 
     >>> import torch
-    >>> x = torch.tensor([[0.0], [2.0], [5.0]])
-    >>> [round(v.item(), 3) for v in center_cluster_loss(x, torch.tensor([0, 0, 1]), margin=5.0)]
-    [1.667, 0.667, 1.0]
+    >>> x = torch.tensor([[0.0], [1.0], [3.0]])
+    >>> round(weighted_triplet_loss(x, torch.tensor([0, 0, 1])).loss.item(), 3)
+    0.231
 
-    Spec: mpanet 3 (pair form, quirks M1-M3). Golden: mpanet/center_cluster. Backends: reference.
+    Spec: lba 3 (weighted triplet, L15). Golden: lba/triplet. Backends: cpu, triton, cuda.
     """
-    _checks.floating("embeddings", embeddings, "N, D")
+    _checks.embeddings("embeddings", embeddings)
     _checks.labels_of("labels", labels, embeddings.shape[0], embeddings.device)
-    _checks.above("margin", margin, 0)
-    return CenterCluster(*_center_cluster(embeddings, labels, margin))
+    return TripletLoss(*_weighted(embeddings, labels, bool(stable))[:2])
 
 
-# Reference: batch-hard triplet.
+# Reference: batch-hard.
 
 
 def _mined_distance(rows: Tensor, picked: Tensor, metric: str) -> Tensor:
@@ -156,27 +157,28 @@ def _mined_gradient(
 def _batch_hard_reference(
     embeddings: Tensor,
     labels: Tensor,
-    references: Tensor,
-    reference_labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
     margin: float,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, correct, and per anchor: positive, negative, weight of its hinge (0 or 1/valid)."""
     kind = accumulator(embeddings.dtype)
-    x, r = embeddings.to(kind), references.to(kind)
+    x = embeddings.to(kind)
+    r, other = (x, labels) if references is None else (references.to(kind), reference_labels)
+    assert other is not None  # the two come together
     if x.shape[0] == 0 or r.shape[0] == 0:
         none = labels.new_zeros(x.shape[0])
         return x.new_zeros(()), labels.new_zeros(()), none, none.clone(), x.new_zeros(x.shape[0])
     distance = distance_matrix(x, r, metric)
-    same = labels[:, None] == reference_labels[None, :]
-    infinity = float("inf")
-    positive = distance.masked_fill(~same, -infinity).argmax(dim=1)
-    negative = distance.masked_fill(same, infinity).argmin(dim=1)
+    same = labels[:, None] == other[None, :]
+    positive = distance.masked_fill(~same, -INFINITY).argmax(dim=1)
+    negative = distance.masked_fill(same, INFINITY).argmin(dim=1)
     near = _mined_distance(x, r[positive], metric)
     far = _mined_distance(x, r[negative], metric)
     valid = same.any(dim=1) & ~same.all(dim=1)
-    hinge = near - far + margin
     share = valid / valid.sum().clamp_min(1).to(kind)  # [N], 1 / number of valid anchors
+    hinge = torch.where(valid, near - far + margin, 0.0)
     loss = (hinge.clamp_min(0.0) * share).sum()
     correct = (valid & (far >= near)).sum()
     return loss, correct, positive, negative, share * (hinge > 0.0)
@@ -185,78 +187,104 @@ def _batch_hard_reference(
 def _batch_hard_backward_reference(
     grad: Tensor,
     embeddings: Tensor,
-    references: Tensor,
+    references: Tensor | None,
     positive: Tensor,
     negative: Tensor,
     weight: Tensor,
     metric: str,
 ) -> tuple[Tensor, Tensor]:
-    x, r = embeddings.to(weight.dtype), references.to(weight.dtype)
+    x = embeddings.to(weight.dtype)
+    r = x if references is None else references.to(weight.dtype)
     if x.shape[0] == 0 or r.shape[0] == 0:
-        return torch.zeros_like(embeddings), torch.zeros_like(references)
-    g = grad * weight
-    x_near, r_near = _mined_gradient(g, x, r[positive], metric)
-    x_far, r_far = _mined_gradient(-g, x, r[negative], metric)
-    grad_references = torch.zeros_like(r)
-    grad_references.index_add_(0, positive, r_near).index_add_(0, negative, r_far)
-    return (x_near + x_far).to(embeddings.dtype), grad_references.to(references.dtype)
+        dx, dr = torch.zeros_like(x), torch.zeros_like(r)
+    else:
+        g = grad * weight
+        x_near, dr_near = _mined_gradient(g, x, r[positive], metric)
+        x_far, dr_far = _mined_gradient(-g, x, r[negative], metric)
+        dx, dr = x_near + x_far, torch.zeros_like(r)
+        dr.index_add_(0, positive, dr_near).index_add_(0, negative, dr_far)
+    if references is None:
+        return (dx + dr).to(embeddings.dtype), embeddings.new_empty(0)
+    return dx.to(embeddings.dtype), dr.to(references.dtype)
 
 
-# Reference: centre cluster.
+# Reference: weighted regularised.
 
 
-def _centres(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's centre [N, D], the size of its identity [N], whether it speaks for it [N]."""
-    same = labels[:, None] == labels[None, :]
-    count = same.sum(dim=1)
-    centre = (same.to(x.dtype) / count[:, None]) @ x
-    # First row of the same label: a representative without a data-dependent shape.
-    first = same.to(torch.int64).argmax(dim=1)
-    speaks = first == torch.arange(x.shape[0], device=x.device)
-    return centre, count, speaks
+def _soft_extreme(distance: Tensor, exponent: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / (sum of the weights + eps) and the weighted distance of each row, `among` those."""
+    e = torch.where(among, exponent.exp(), 0.0)
+    inverse = 1.0 / (e.sum(1) + WEIGHT_EPS)
+    return inverse, torch.where(among, e * distance, 0.0).sum(1) * inverse
 
 
-def _centre_pairs(centre: Tensor, speaks: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances between centres [N, N], mask of pairs, 1 / number of ordered pairs."""
-    # The expanded square in float64: as exact as differences, without their N x N x D work.
-    distance = distance_matrix(centre.double(), centre.double(), "euclidean").to(centre.dtype)
-    pairs = speaks[:, None] & speaks[None, :]
-    pairs = pairs & ~torch.eye(centre.shape[0], dtype=torch.bool, device=centre.device)
-    return distance, pairs, 1.0 / pairs.sum().clamp_min(1).to(centre.dtype)
-
-
-def _center_cluster_reference(
-    embeddings: Tensor, labels: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted_reference(
+    embeddings: Tensor, labels: Tensor, stable: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, correct, farthest positive, nearest negative, dL/d(f+ - f-), statistics of each row."""
     x = embeddings.to(accumulator(embeddings.dtype))
-    if x.shape[0] == 0:
-        return x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
-    centre, _, speaks = _centres(x, labels)
-    pull = torch.linalg.vector_norm(x - centre, dim=1).mean()
-    distance, pairs, share = _centre_pairs(centre, speaks, margin)
-    push = ((margin - distance).clamp_min(0.0) * pairs).sum() * share
-    return pull + push, pull, push
+    rows = x.shape[0]
+    if rows == 0:
+        none = labels.new_zeros(0)
+        zero, stats = x.new_zeros(()), x.new_zeros(0, 6)
+        return zero, labels.new_zeros(()), none, none.clone(), x.new_zeros(0), stats
+    distance = distance_matrix(x, x, "euclidean")
+    same = labels[:, None] == labels[None, :]
+    valid = ~same.all(1)
+    positive = distance.masked_fill(~same, -INFINITY).argmax(dim=1)
+    negative = distance.masked_fill(same, INFINITY).argmin(dim=1)
+    m_pos = distance.gather(1, positive[:, None])[:, 0]
+    m_neg = torch.where(valid & stable, -distance.gather(1, negative[:, None])[:, 0], 0.0)
+    inv_pos, f_pos = _soft_extreme(distance, distance - m_pos[:, None], same)
+    inv_neg, f_neg = _soft_extreme(distance, -distance - m_neg[:, None], ~same)
+    share = valid / valid.sum().clamp_min(1).to(x.dtype)
+    gap = f_pos - f_neg
+    loss = torch.where(valid, torch.logaddexp(gap, torch.zeros_like(gap)) * share, 0.0).sum()
+    stats = torch.stack([m_pos, inv_pos, f_pos, m_neg, inv_neg * valid, f_neg], dim=1)
+    return loss, (valid & (gap <= 0)).sum(), positive, negative, gap.sigmoid() * share, stats
 
 
-def _center_cluster_backward_reference(
-    grad_pull: Tensor, grad_push: Tensor, embeddings: Tensor, labels: Tensor, margin: float
+def _weighted_backward_reference(
+    grad: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    slope: Tensor,
+    stats: Tensor,
+    stable: bool,
 ) -> Tensor:
-    x = embeddings.to(grad_pull.dtype)
+    x = embeddings.to(slope.dtype)
     if x.shape[0] == 0:
         return torch.zeros_like(embeddings)
-    centre, count, speaks = _centres(x, labels)
-    away = x - centre
-    norm = torch.linalg.vector_norm(away, dim=1, keepdim=True)
-    pulled = torch.where(norm > 0.0, away / norm, 0.0) * (grad_pull / x.shape[0])
-    distance, pairs, share = _centre_pairs(centre, speaks, margin)
-    active = pairs & (distance < margin) & (distance > SQUARE_FLOOR**0.5)
-    # Ordered pairs count every unordered one twice, hence the 2: -2 g/(P(P-1)) (c_p - c_q)/d_pq.
-    coefficient = torch.where(active, -2.0 * grad_push * share / distance, 0.0)
-    # Zero except in rows that speak for their identity.
-    pushed = coefficient.sum(1, keepdim=True) * centre - coefficient @ centre
-    same = (labels[:, None] == labels[None, :]).to(x.dtype)
-    grad_centre = same @ (pushed - pulled)  # of the centre, repeated on each of its rows
-    return (pulled + grad_centre / count[:, None]).to(embeddings.dtype)
+    distance = distance_matrix(x, x, "euclidean")
+    same = labels[:, None] == labels[None, :]
+    m_pos, inv_pos, f_pos, m_neg, inv_neg, f_neg = stats[:, :, None].unbind(1)  # [N, 1] each
+    pull = (distance - m_pos).exp() * inv_pos * (1.0 + distance - f_pos)
+    push = (-distance - m_neg).exp() * inv_neg * (1.0 - distance + f_neg)
+    # The eps in the denominators lets a little of the gradient pass through the shift.
+    column = torch.arange(x.shape[0], device=x.device)
+    pull = pull - torch.where(column == positive[:, None], f_pos * WEIGHT_EPS * inv_pos, 0.0)
+    if stable:
+        push = push + torch.where(column == negative[:, None], f_neg * WEIGHT_EPS * inv_neg, 0.0)
+    c = torch.where(slope[:, None] > 0, torch.where(same, pull, -push), 0.0)
+    c = c * (grad * slope)[:, None]
+    c = torch.where(distance > SQUARE_FLOOR**0.5, (c + c.t()) / distance, 0.0)
+    return weighted_differences(c, x, x).to(embeddings.dtype)
+
+
+# Value checks.
+
+
+def _batch_hard_verify(result: tuple[Tensor, ...], *args: Any) -> None:
+    embeddings, _, references = args[:3]
+    _checks.explain_nan(result[0], "embeddings", embeddings)
+    if references is not None:
+        _checks.explain_nan(result[0], "references", references)
+
+
+def _weighted_verify(result: tuple[Tensor, ...], embeddings: Tensor, *_: Any) -> None:
+    _checks.explain_nan(result[0], "embeddings", embeddings)
 
 
 # Fakes.
@@ -265,39 +293,40 @@ def _center_cluster_backward_reference(
 def _batch_hard_fake(
     embeddings: Tensor,
     labels: Tensor,
-    references: Tensor,
-    reference_labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
     margin: float,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kind, rows = accumulator(embeddings.dtype), embeddings.shape[0]
-    index = labels.new_empty(rows)
     return (
         embeddings.new_empty((), dtype=kind),
         labels.new_empty(()),
-        index,
-        torch.empty_like(index),
+        labels.new_empty(rows),
+        labels.new_empty(rows),
         embeddings.new_empty(rows, dtype=kind),
     )
 
 
 def _batch_hard_backward_fake(
-    grad: Tensor,
-    embeddings: Tensor,
-    references: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    weight: Tensor,
-    metric: str,
+    grad: Tensor, embeddings: Tensor, references: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return embeddings.new_empty(embeddings.shape), references.new_empty(references.shape)
+    shape = (0,) if references is None else references.shape
+    return embeddings.new_empty(embeddings.shape), embeddings.new_empty(shape)
 
 
-def _center_cluster_fake(
-    embeddings: Tensor, labels: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    scalar = embeddings.new_empty((), dtype=accumulator(embeddings.dtype))
-    return scalar, torch.empty_like(scalar), torch.empty_like(scalar)
+def _weighted_fake(
+    embeddings: Tensor, labels: Tensor, stable: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kind, rows = accumulator(embeddings.dtype), embeddings.shape[0]
+    return (
+        embeddings.new_empty((), dtype=kind),
+        labels.new_empty(()),
+        labels.new_empty(rows),
+        labels.new_empty(rows),
+        embeddings.new_empty(rows, dtype=kind),
+        embeddings.new_empty(rows, 6, dtype=kind),
+    )
 
 
 # Gradients.
@@ -309,57 +338,59 @@ def _batch_hard_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _batch_hard_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    x, r = _batch_hard_backward(grad, *ctx.saved_tensors, ctx.metric)
-    return x, None, r, None, None, None
+    dx, dr = _batch_hard_backward(grad, *ctx.saved_tensors, ctx.metric)
+    return dx, None, None if ctx.saved_tensors[1] is None else dr, None, None, None
 
 
-def _center_cluster_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, labels, ctx.margin = inputs
-    ctx.save_for_backward(embeddings, labels)
+def _weighted_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, labels, ctx.stable = inputs
+    ctx.save_for_backward(embeddings, labels, *output[2:])
 
 
-def _center_cluster_gradient(
-    ctx: Any, grad_loss: Tensor, grad_pull: Tensor, grad_push: Tensor
-) -> tuple[Any, ...]:
-    embeddings, labels = ctx.saved_tensors
-    gradient = _center_cluster_backward(
-        grad_loss + grad_pull, grad_loss + grad_push, embeddings, labels, ctx.margin
-    )
-    return gradient, None, None
+def _weighted_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _weighted_backward(grad, *ctx.saved_tensors, ctx.stable), None, None
 
 
 # Registration.
 
+ROOMS = ("cpu", "triton", "cuda")
 _batch_hard = register(
     "batch_hard_triplet_loss",
-    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, float margin,"
-    " str metric) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels,"
+    " float margin, str metric) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_batch_hard_reference,
     fake=_batch_hard_fake,
+    backends=ROOMS,
+    verify=_batch_hard_verify,
     setup_context=_batch_hard_save,
     backward=_batch_hard_gradient,
     autocast=torch.float32,
 )
 _batch_hard_backward = register(
     "batch_hard_triplet_loss_backward",
-    "(Tensor grad, Tensor embeddings, Tensor references, Tensor positive, Tensor negative,"
+    "(Tensor grad, Tensor embeddings, Tensor? references, Tensor positive, Tensor negative,"
     " Tensor weight, str metric) -> (Tensor, Tensor)",
     reference=_batch_hard_backward_reference,
     fake=_batch_hard_backward_fake,
+    backends=ROOMS,
 )
-_center_cluster = register(
-    "center_cluster_loss",
-    "(Tensor embeddings, Tensor labels, float margin) -> (Tensor, Tensor, Tensor)",
-    reference=_center_cluster_reference,
-    fake=_center_cluster_fake,
-    setup_context=_center_cluster_save,
-    backward=_center_cluster_gradient,
+_weighted = register(
+    "weighted_triplet_loss",
+    "(Tensor embeddings, Tensor labels, bool stable)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_weighted_reference,
+    fake=_weighted_fake,
+    backends=ROOMS,
+    verify=_weighted_verify,
+    setup_context=_weighted_save,
+    backward=_weighted_gradient,
     autocast=torch.float32,
 )
-_center_cluster_backward = register(
-    "center_cluster_loss_backward",
-    "(Tensor grad_pull, Tensor grad_push, Tensor embeddings, Tensor labels, float margin)"
-    " -> Tensor",
-    reference=_center_cluster_backward_reference,
-    fake=lambda grad_pull, grad_push, embeddings, *_: embeddings.new_empty(embeddings.shape),
+_weighted_backward = register(
+    "weighted_triplet_loss_backward",
+    "(Tensor grad, Tensor embeddings, Tensor labels, Tensor positive, Tensor negative,"
+    " Tensor slope, Tensor stats, bool stable) -> Tensor",
+    reference=_weighted_backward_reference,
+    fake=lambda grad, embeddings, *_: embeddings.new_empty(embeddings.shape),
+    backends=ROOMS,
 )
