@@ -190,9 +190,9 @@ def register(
         fake: shapes, dtypes and strides of the results.
         backends: rooms beside `reference`.
         refuses: `refuses(backend, *args)` gives the reason why a room cannot take these arguments.
-        verify: `verify(result, *args)` raises where the values of the arguments left no answer. Runs
-            after the room, on CPU tensors always and on CUDA tensors with
-            FASTREID_VI_CHECK_VALUES=1: a look at the result costs less than one at the input.
+        verify: `verify(result, *args)` raises where the values of the arguments left no answer, on
+            CPU tensors always, on CUDA tensors with FASTREID_VI_CHECK_VALUES=1. It runs after the
+            room: a look at the result costs less than one at the input.
         setup_context, backward: gradient, as for `torch.library.register_autograd`. Without
             `backward` the op refuses to be differentiated.
         autocast: floating-point arguments are cast to this dtype under autocast.

@@ -36,7 +36,7 @@ def pairwise_distance(
         y: [M, D], dtype of `x`; None compares `x` with itself.
         metric: "euclidean", "sqeuclidean" or "cosine".
     Returns:
-        [N, M], dtype of `x`; accumulated in float32, or float64 for float64. Under autocast float32.
+        [N, M], dtype of `x` (float32 under autocast); accumulated in float32, or float64.
     Raises:
         TypeError: not floating, or dtypes differ.
         ValueError: not rank 2, D is zero or differs, devices differ, or an unknown metric.
@@ -65,6 +65,12 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / norm, norm
 
 
+def _missing(unit: Tensor) -> Tensor:
+    """(1 - |u|^2) / 2 [N] of rows that the floor kept short, else exactly zero."""
+    square = unit.square().sum(1)
+    return torch.where(square < 0.5, (1.0 - square) / 2.0, 0.0)
+
+
 def squares(x: Tensor, y: Tensor) -> Tensor:
     """|x_i - y_j|^2 [N, M], from differences."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -74,13 +80,9 @@ def distance_matrix(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """`pairwise_distance` of rows already in the accumulation dtype."""
     if metric == "cosine":
         u, v = unit_rows(x)[0], unit_rows(y)[0]
-        # 1 - u.v = |u - v|^2 / 2 + (1 - |u|^2) / 2 + (1 - |v|^2) / 2: the last two are zero, but for
+        # 1 - u.v = |u - v|^2 / 2 + (1 - |u|^2) / 2 + (1 - |v|^2) / 2: the last two are zero but for
         # rows shorter than the floor.
-        short_u, short_v = (
-            torch.where(w.abs().amax(1) < 0.5 / w.shape[1] ** 0.5, (1 - w.square().sum(1)) / 2, 0.0)
-            for w in (u, v)
-        )
-        return squares(u, v) / 2 + short_u[:, None] + short_v[None, :]
+        return squares(u, v) / 2 + _missing(u)[:, None] + _missing(v)[None, :]
     square = squares(x, y)
     return square if metric == "sqeuclidean" else square.clamp_min(SQUARE_FLOOR).sqrt()
 

@@ -104,7 +104,7 @@ def cross_modality_retrieval_loss(
 
 
 def _pool(row: list[float]) -> list[tuple[int, float]]:
-    """Non-increasing isotonic regression by pool-adjacent-violators: (first, mean) of each block."""
+    """Non-increasing isotonic regression, pooling adjacent violators: first, mean of each block."""
     blocks: list[tuple[int, float, int]] = []  # first member, sum, count
     for k, y in enumerate(row):
         first, total, count = k, y, 1

@@ -39,9 +39,9 @@ def batch_hard_triplet_loss(
     L = mean over anchors i of max(0, margin + max_{y_j = y_i} d_ij - min_{y_j != y_i} d_ij)
 
     Positives and negatives are mined in `references` when given, else in `embeddings`, where an
-    anchor is a positive of itself. Anchors without a positive or without a negative are left out;
-    none left gives zero. The choice of the pair is not differentiated. Ties take the first index.
-    Distances below 1e-6 (euclidean) are clamped and get no gradient.
+    anchor is a positive of itself. An anchor without a positive or without a negative is left out
+    of the sum; the mean is over all N, as published. The choice of the pair is not differentiated.
+    Ties take the first index. Distances below 1e-6 (euclidean) are clamped and get no gradient.
 
     Args:
         embeddings: [N, D], floating, D >= 1.
@@ -94,8 +94,8 @@ def weighted_triplet_loss(
     d is the euclidean distance; the weights are divided by their sum + 1e-6; m+ is the largest
     positive distance. In the published form m- is zero, so that distances beyond about 14 vanish
     against the 1e-6 and f- falls to zero: normalise the embeddings first, or shift by the nearest
-    negative (`stable`). The gradient passes through the weights, as published. Anchors without a
-    negative are left out; none left gives zero.
+    negative (`stable`). The gradient passes through the weights, as published. An anchor without a
+    negative adds zero.
 
     Args:
         embeddings: [N, D], floating, D >= 1.
@@ -162,7 +162,7 @@ def _batch_hard_reference(
     margin: float,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, correct, and per anchor: positive, negative, weight of its hinge (0 or 1/valid)."""
+    """Loss, correct, and per anchor: positive, negative, weight of its hinge (0 or 1/N)."""
     kind = accumulator(embeddings.dtype)
     x = embeddings.to(kind)
     r, other = (x, labels) if references is None else (references.to(kind), reference_labels)
@@ -177,11 +177,10 @@ def _batch_hard_reference(
     near = _mined_distance(x, r[positive], metric)
     far = _mined_distance(x, r[negative], metric)
     valid = same.any(dim=1) & ~same.all(dim=1)
-    share = valid / valid.sum().clamp_min(1).to(kind)  # [N], 1 / number of valid anchors
     hinge = torch.where(valid, near - far + margin, 0.0)
-    loss = (hinge.clamp_min(0.0) * share).sum()
     correct = (valid & (far >= near)).sum()
-    return loss, correct, positive, negative, share * (hinge > 0.0)
+    weight = (valid & (hinge > 0.0)).to(kind) / len(x)
+    return hinge.clamp_min(0.0).mean(), correct, positive, negative, weight
 
 
 def _batch_hard_backward_reference(
@@ -237,11 +236,11 @@ def _weighted_reference(
     m_neg = torch.where(valid & stable, -distance.gather(1, negative[:, None])[:, 0], 0.0)
     inv_pos, f_pos = _soft_extreme(distance, distance - m_pos[:, None], same)
     inv_neg, f_neg = _soft_extreme(distance, -distance - m_neg[:, None], ~same)
-    share = valid / valid.sum().clamp_min(1).to(x.dtype)
     gap = f_pos - f_neg
-    loss = torch.where(valid, torch.logaddexp(gap, torch.zeros_like(gap)) * share, 0.0).sum()
+    loss = torch.where(valid, torch.logaddexp(gap, torch.zeros_like(gap)), 0.0).mean()
     stats = torch.stack([m_pos, inv_pos, f_pos, m_neg, inv_neg * valid, f_neg], dim=1)
-    return loss, (valid & (gap <= 0)).sum(), positive, negative, gap.sigmoid() * share, stats
+    slope = torch.where(valid, gap.sigmoid() / rows, 0.0)
+    return loss, (valid & (gap <= 0)).sum(), positive, negative, slope, stats
 
 
 def _weighted_backward_reference(
