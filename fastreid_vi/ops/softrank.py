@@ -51,7 +51,7 @@ def soft_rank(values: Tensor, *, strength: float = 1.0, descending: bool = False
     if values.dim() == 0:
         raise ValueError(f"values: expected shape [..., n], got {_checks.described(values)}")
     _checks.above("strength", strength, 0)
-    if values.numel() == 0:
+    if values.shape[-1] == 0:
         return values.clone()
     rows = values.reshape(-1, values.shape[-1])
     ranks: Tensor = _soft_rank(rows, strength, bool(descending))[0]
@@ -179,7 +179,8 @@ def _directions(
 
 
 def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norm.clamp_min(NORM_FLOOR)
 
 
 def _retrieval_reference(
@@ -233,7 +234,8 @@ def _soft_rank_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _soft_rank_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     (blocks,) = ctx.saved_tensors
-    return _soft_rank_backward(grad.contiguous(), blocks, ctx.strength, ctx.descending), None, None
+    gradient = _soft_rank_backward(grad.contiguous(), blocks, ctx.strength, ctx.descending)
+    return gradient, None, None
 
 
 def _retrieval_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
