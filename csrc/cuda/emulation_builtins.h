@@ -69,6 +69,7 @@ inline unsigned lane() { return scheduler.current->linear % warp_size; }
 // Reported to the race detector; defined there, absent without it.
 extern "C" __attribute__((weak)) void fastreid_vi_emulation_atomic(const void* address,
                                                                    size_t bytes);
+extern "C" __attribute__((weak)) void fastreid_vi_emulation_fence();
 
 template <typename T, typename F>
 T atomic(T* address, F&& update) {
@@ -144,7 +145,9 @@ inline int __all_sync(unsigned mask, int predicate,
   return __ballot_sync(mask, predicate == 0, place) == 0;
 }
 
-inline void __threadfence() {}
+inline void __threadfence() {
+  if (emulation::fastreid_vi_emulation_fence) emulation::fastreid_vi_emulation_fence();
+}
 inline void __threadfence_block() {}
 
 template <typename T>

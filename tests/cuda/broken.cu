@@ -44,6 +44,25 @@ __global__ void blocks_overlap_kernel(float* out) {
   if (threadIdx.x == 0) out[blockIdx.x / 2] = 1;
 }
 
+// The block that comes last adds up what all have written; `handed`: with the fence that hands a
+// block's result over, `taken`: with the one that takes the others' over. Grid of four.
+template <bool handed, bool taken>
+__global__ void last_block_kernel(const float* in, float* out, unsigned* ticket) {
+  SHARED_ARRAY(bool, last, [1]);
+  if (threadIdx.x < 2) out[1 + blockIdx.x * 2 + threadIdx.x] = in[blockIdx.x * 2 + threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (handed) __threadfence();
+    last[0] = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (taken) __threadfence();
+  }
+  __syncthreads();
+  if (!last[0] || threadIdx.x != 40) return;
+  float sum = 0;
+  for (int i = 0; i < 8; ++i) sum += out[1 + i];
+  out[0] = sum;
+}
+
 __global__ void half_at_barrier_kernel(float* out) {
   if (threadIdx.x < 16) {
     __syncthreads();
@@ -175,6 +194,15 @@ const char* run(Kernel kernel, dim3 grid, dim3 block, size_t shared, Arguments..
 #define WITHOUT_INPUT(name, kernel, blocks) \
   EXPORT(name)(const float*, float* out) { return run(kernel, blocks, kThreads, 0, out); }
 
+#define FOUR_BLOCKS(name, kernel)                         \
+  EXPORT(name)(const float* in, float* out) {             \
+    unsigned ticket = 0;                                  \
+    return run(kernel, 4, kThreads, 0, in, out, &ticket); \
+  }
+
+FOUR_BLOCKS(last_block, (last_block_kernel<true, true>))
+FOUR_BLOCKS(not_handed_over, (last_block_kernel<false, true>))
+FOUR_BLOCKS(not_taken_over, (last_block_kernel<true, false>))
 ONE_BLOCK(reverse, reverse_kernel<true>)
 ONE_BLOCK(missing_barrier, reverse_kernel<false>)
 ONE_BLOCK(two_tiles, two_tiles_kernel<true>)

@@ -2,8 +2,10 @@
 // access of device code; instead of linking the sanitizer's own runtime, this file answers those
 // calls with CUDA's rules: two accesses to a byte, one of them a write, by different threads, are a
 // race unless the threads are of one block and a __syncthreads lies between, or of one warp and a
-// __syncwarp does. It does not matter in which order the threads happened to run. Also found:
-// shared memory read before it was written.
+// __syncwarp does, or of two blocks and one took over from the other: a __threadfence, then an
+// atomic hands over; an atomic on the same address, then a __threadfence takes over. It does not
+// matter in which order the threads happened to run. Also found: shared memory read before it was
+// written.
 #include <dlfcn.h>
 
 #include <sstream>
@@ -31,6 +33,27 @@ struct Byte {
   Access write, reads[2];
 };
 
+// What a block has handed over: all before this phase, and what this thread did.
+struct Handover {
+  unsigned phase = 0, thread = 0;
+  size_t turn = 0;  // how many blocks came to the same atomic before
+};
+using Handovers = std::unordered_map<unsigned, Handover>;  // by block
+
+// What the present block has taken over: the first `turns` of these, visible to this thread, and to
+// the others after the phase. Not before the fence.
+struct Takeover {
+  const Handovers* from;
+  size_t turns;
+  unsigned phase, thread;
+  bool fenced;
+};
+
+std::unordered_map<const void*, Handovers> handed_over;  // by the atomic's address
+std::vector<Takeover> taken_over;
+std::unordered_map<unsigned, unsigned> fences;  // of the present block: phase of a thread's fence
+unsigned present = 0;
+
 constexpr uintptr_t kPage = 256;
 std::unordered_map<uintptr_t, std::vector<Byte>> pages;
 unsigned launch = 0;
@@ -38,9 +61,23 @@ bool watching = true;
 
 unsigned warp_of(const Access& a) { return a.thread / emulation::warp_size; }
 
+bool ordered_by_atomics(const Access& before, const Access& now) {
+  for (const Takeover& takeover : taken_over) {
+    if (!takeover.fenced || (takeover.thread != now.thread && takeover.phase >= now.phase))
+      continue;
+    const auto found = takeover.from->find(before.block);
+    if (found == takeover.from->end() || found->second.turn >= takeover.turns) continue;
+    const Handover& handover = found->second;
+    if (before.phase < handover.phase || before.thread == handover.thread) return true;
+  }
+  return false;
+}
+
 bool ordered(const Access& before, const Access& now, bool shared) {
   if (before.kind == Kind::none) return true;
-  if (before.block != now.block) return shared;  // another block's shared memory is another array
+  if (before.block != now.block) {  // another block's shared memory is another array
+    return shared || ordered_by_atomics(before, now);
+  }
   if (before.thread == now.thread || before.phase < now.phase) return true;
   return warp_of(before) == warp_of(now) && before.warp_phase < now.warp_phase;
 }
@@ -62,14 +99,25 @@ std::string described(const Access& access) {
   return text.str();
 }
 
+// Forgets what a launch or a block does not leave to the next.
+bool begins() {
+  const bool new_launch = launch != scheduler.launches;
+  if (new_launch || present != scheduler.block_linear) {
+    taken_over.clear();
+    fences.clear();
+    present = scheduler.block_linear;
+  }
+  if (!new_launch) return false;
+  pages.clear();
+  handed_over.clear();
+  launch = scheduler.launches;
+  return true;
+}
+
 Byte& byte_at(uintptr_t address) {
   static uintptr_t last = 0;  // neighbours mostly follow each other
   static Byte* page = nullptr;
-  if (launch != scheduler.launches) {
-    pages.clear();
-    page = nullptr;
-    launch = scheduler.launches;
-  }
+  if (begins()) page = nullptr;
   if (page == nullptr || address / kPage != last) {
     last = address / kPage;
     std::vector<Byte>& found = pages[last];
@@ -127,6 +175,20 @@ void observe(const void* address, size_t size, Kind kind, const void* code) {
                    thread.warp_phase,
                    code};
   for (size_t i = 0; i < size; ++i) check_byte(reinterpret_cast<uintptr_t>(address) + i, now);
+  // What a thread writes after its fence is not handed over.
+  if (kind == Kind::write && !fences.empty() && !scheduler.is_shared(address)) {
+    fences.erase(now.thread);
+  }
+}
+
+void meet(const void* address) {
+  const emulation::Quietly quietly;
+  const unsigned thread = scheduler.current->linear;
+  Handovers& handovers = handed_over[address];
+  taken_over.push_back({&handovers, handovers.size(), scheduler.phase, thread, false});
+  if (const auto fence = fences.find(thread); fence != fences.end()) {
+    handovers.try_emplace(scheduler.block_linear, fence->second, thread, handovers.size());
+  }
 }
 
 }  // namespace
@@ -137,6 +199,21 @@ __attribute__((visibility("default"))) void fastreid_vi_emulation_watch(bool on)
 
 void fastreid_vi_emulation_atomic(const void* address, size_t size) {
   observe(address, size, Kind::atomic, __builtin_return_address(0));
+  if (watching && !scheduler.is_shared(address)) meet(address);
+}
+
+void fastreid_vi_emulation_fence() {
+  if (!watching) return;
+  const emulation::Quietly quietly;
+  begins();
+  const unsigned thread = scheduler.current->linear;
+  fences[thread] = scheduler.phase;
+  for (Takeover& takeover : taken_over) {
+    if (takeover.thread == thread && !takeover.fenced) {
+      takeover.fenced = true;
+      takeover.phase = scheduler.phase;
+    }
+  }
 }
 
 #define ACCESS(size)                                                                               \

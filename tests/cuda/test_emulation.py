@@ -100,6 +100,12 @@ class TestRightKernels:
         assert kernels.histogram(values, 500, out, 9, 36) is None
         np.testing.assert_array_equal(out, np.bincount(values, minlength=9))
 
+    def test_the_last_block_reads_what_the_others_wrote(self, kernels, data, order):
+        kernels.emulator.order(order)
+        values, out = data
+        assert kernels.last_block(values, out) is None
+        np.testing.assert_allclose(out[0], values[:8].astype(np.float64).sum(), rtol=1e-5)
+
     def test_indices(self, kernels, order):
         kernels.emulator.order(order)
         out = np.full((12, 24), -1, np.int32)
@@ -116,6 +122,8 @@ MISTAKES = {
     ),
     "written_twice": (r"race on global memory.*writes.*writes", "% kThreads] = 1;"),
     "blocks_overlap": (r"race on global memory.*block \(.,0,0\).*block", "blockIdx.x / 2"),
+    "not_handed_over": (r"race on global memory.*writes.*block.*reads", "sum += out[1 + i]"),
+    "not_taken_over": (r"race on global memory.*writes.*block.*reads", "sum += out[1 + i]"),
     "unwritten_shared": (
         r"shared array tile, byte 20 before it is written",
         "= tile[threadIdx.x];",
