@@ -130,6 +130,11 @@ inline std::vector<unsigned> Scheduler::sequence(unsigned count, uint64_t salt) 
   return result;
 }
 
+// Told of every launch; defined in tests/cuda/control.cpp, absent without it.
+extern "C" __attribute__((weak)) void fastreid_vi_emulation_launched(const dim3* grid,
+                                                                     const dim3* block,
+                                                                     size_t shared_bytes);
+
 inline void Scheduler::run(dim3 grid_size, dim3 block_size, size_t shared_bytes,
                            const std::function<void()>& body) {
   const uint64_t threads = uint64_t(block_size.x) * block_size.y * block_size.z;
@@ -150,6 +155,9 @@ inline void Scheduler::run(dim3 grid_size, dim3 block_size, size_t shared_bytes,
   body_ = &body;
   failure_.clear();
   ++launches;
+  if (fastreid_vi_emulation_launched) {
+    fastreid_vi_emulation_launched(&grid_size, &block_size, shared_bytes);
+  }
   threads_.assign(threads, Thread{});
   stacks_.reserve(static_cast<unsigned>(threads));
   const unsigned blocks = grid.x * grid.y * grid.z;

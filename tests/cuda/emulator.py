@@ -1,7 +1,7 @@
 """Builds CUDA files for the CPU and drives the emulated library.
 
 `build` compiles csrc/cuda/*.cu with g++ (or files of a test's own) into one library, in one of its
-variants: "races" with the detector of races.cpp, "ucontext" the same with portable fibres,
+variants: "plain", "races" with the detector of races.cpp, "ucontext" that with portable fibres,
 "address" with the address and undefined-behaviour sanitizers. The library registers the same ops as
 `fastreid_vi._C`, for CPU tensors, as `torch.ops.fastreid_vi_emulated`.
 """
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # unroll
 VARIANTS = {
+    "plain": [],
     "races": ["-fsanitize=thread"],  # only the calls; races.cpp answers them, no runtime is linked
     "ucontext": ["-fsanitize=thread", "-DEMULATION_UCONTEXT"],  # the switch of other processors
     "address": [
@@ -131,6 +132,22 @@ class Emulator:
     def order(self, name: str, seed: int = 1) -> None:
         """In which order threads and blocks run from now on: ascending, descending or shuffled."""
         self._order(ORDERS[name], seed)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[tuple[int, ...]]]:
+        """Fills a list with grid, block and dynamic shared memory of every launch within."""
+        launches: list[tuple[int, ...]] = []
+        self.functions.fastreid_vi_emulation_record(ctypes.c_bool(True))
+        try:
+            yield launches
+        finally:
+            self.functions.fastreid_vi_emulation_record(ctypes.c_bool(False))
+            read = self.functions.fastreid_vi_emulation_recorded
+            read.restype = ctypes.POINTER(ctypes.c_uint64)
+            index = 0
+            while found := read(ctypes.c_size_t(index)):
+                launches.append(tuple(found[:7]))
+                index += 1
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:

@@ -14,6 +14,14 @@ from fastreid_vi import _dispatch
 from tests.cuda.conftest import Emulated
 
 
+def takes_cpu_tensors(contract: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CUDA room of a contract be asked with CPU tensors."""
+    monkeypatch.delitem(_dispatch._KEY, "cuda")
+    for module in {sys.modules[c.__module__] for c in contract.__mro__}:
+        if hasattr(module, "device_of"):
+            monkeypatch.setattr(module, "device_of", lambda room: "cpu")
+
+
 class EmulatedRoom:
     """Mix in before a contract class; of its tests those remain that take a room."""
 
@@ -26,10 +34,7 @@ class EmulatedRoom:
         for name, op in _dispatch.OPS.items():
             if "cuda" in op.backends and hasattr(torch.ops.fastreid_vi_emulated, name):
                 monkeypatch.setitem(op._found, "cuda", getattr(emulated, name))
-        monkeypatch.delitem(_dispatch._KEY, "cuda")  # the room takes CPU tensors
-        for module in {sys.modules[c.__module__] for c in type(self).__mro__}:
-            if hasattr(module, "device_of"):
-                monkeypatch.setattr(module, "device_of", lambda room: "cpu")
+        takes_cpu_tensors(type(self), monkeypatch)
         before = emulated.emulation.launches
         yield
         case = request.node.callspec.params.get("case", ())
