@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from fastreid_vi._checks import NonFiniteError
 from fastreid_vi.config import Batch, OptimConfig, Precision
-from fastreid_vi.methods.base import Method
+from fastreid_vi.methods.base import Losses, Method
 from fastreid_vi.train.errors import TrainError
 from fastreid_vi.train.optim import build_optimizer, phase_parameters, set_lr
 
@@ -135,6 +136,8 @@ class Stepper:
 
         Returns:
             Detached scalars on the device: terms and `total`, after "phase/" if there are several.
+        Raises:
+            TrainError: the embeddings hold NaN or infinity and a loss cannot rank them.
         """
         batch = move(batch, self.device, self.channels_last)
         several = len(self.optimizers) > 1
@@ -142,8 +145,8 @@ class Stepper:
         for phase, optimizer in self.optimizers.items():
             self.method.zero_grad(set_to_none=True)
             with autocast(self.device, self.dtype):
-                losses = self.method(batch, phase)
-            self.scaler.scale(losses.total).backward()
+                losses = self._losses(batch, phase)
+            torch.autograd.backward(self.scaler.scale(losses.total))
             if self._clip:
                 self.scaler.unscale_(optimizer)
                 clip_grad_norm_(self._parameters[phase], self._clip)
@@ -152,6 +155,13 @@ class Stepper:
             named = {**losses.terms, "total": losses.total}
             terms.update({prefix + name: value.detach() for name, value in named.items()})
         return terms
+
+    def _losses(self, batch: Batch, phase: str) -> Losses:
+        try:
+            losses: Losses = self.method(batch, phase)
+        except NonFiniteError as error:  # a loss that ranks cannot go on with NaN
+            raise TrainError(f"loss is not finite: {error}") from error
+        return losses
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.scaler.is_enabled():

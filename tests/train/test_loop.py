@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastreid_vi import ops
 from fastreid_vi.config import Batch
 from fastreid_vi.data import DataError, SysuMM01, make_sampler, train_loader
 from fastreid_vi.methods.base import Losses
@@ -265,6 +266,16 @@ class TestRefusals:
         last = tmp_path / "run" / "checkpoints" / "last"
         assert last.resolve().name == "step-00000009"
         assert read(tmp_path / "run")[-1]["step"] == 10
+
+    def test_embeddings_that_a_loss_cannot_rank(self, tree: Path, tmp_path: Path) -> None:
+        class Diverging(Small):
+            def training_step(self, batch: Batch, phase: str = "main") -> Losses:
+                broken = torch.full((4, 3), math.nan)
+                ops.batch_hard_triplet_loss(broken, torch.arange(4) // 2)
+                return super().training_step(batch, phase)
+
+        with pytest.raises(TrainError, match=r"loss is not finite: embeddings: .* nan in row 0"):
+            train_as(Diverging, tree, tmp_path / "run")
 
     def test_a_method_for_other_identities(self, tree: Path, tmp_path: Path) -> None:
         message = "method: made for 5 identities, the training split has 9"
