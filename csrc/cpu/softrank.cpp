@@ -10,13 +10,8 @@ namespace {
 using fastreid_vi::ScalarType;
 using torch::stable::Tensor;
 
-// Rows with unit stride; copies only if it must.
-Tensor with_unit_rows(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-}
-
 std::tuple<Tensor, Tensor> soft_rank(const Tensor& values, double strength, bool descending) {
-  const Tensor rows = with_unit_rows(values);
+  const Tensor rows = fastreid_vi::with_unit_rows(values);
   const int64_t count = rows.size(0), n = rows.size(1);
   Tensor ranks = torch::stable::new_empty(rows, {count, n});
   Tensor blocks = torch::stable::new_empty(rows, {count, n}, ScalarType::Int);
@@ -35,7 +30,8 @@ std::tuple<Tensor, Tensor> soft_rank(const Tensor& values, double strength, bool
 
 Tensor soft_rank_backward(const Tensor& grad, const Tensor& blocks, double strength,
                           bool descending) {
-  const Tensor rows = with_unit_rows(grad), starts = with_unit_rows(blocks);
+  const Tensor rows = fastreid_vi::with_unit_rows(grad),
+               starts = fastreid_vi::with_unit_rows(blocks);
   const int64_t count = rows.size(0), n = rows.size(1);
   Tensor out = torch::stable::new_empty(rows, {count, n});
   fastreid_vi::for_floating(grad.scalar_type(), [&]<typename T>() {

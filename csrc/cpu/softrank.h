@@ -23,6 +23,11 @@ constexpr int64_t kWorthCounting = 64;  // shorter rows sort faster by compariso
 constexpr int64_t kDigits = 256;        // values of a radix digit
 constexpr int32_t kNotFinite = -1;      // the block of every entry of a row with NaN or infinity
 
+// The matrix with unit stride along its rows; copies only if it must.
+inline torch::stable::Tensor with_unit_rows(const torch::stable::Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
 // What decides between the two paths. Everything is relative to the first entry, so that a common
 // offset of the row costs no digits.
 struct Extent {
