@@ -4,6 +4,7 @@ torch.ops.fastreid_vi.<op>   schema, fake, autograd, autocast
   CPU or CUDA key -> Op      asks `why_not` of one backend after another
     reference                Python, in ops/<family>.py
     cpu, cuda                torch.ops.fastreid_vi_native.<op>, from the compiled library _C
+    cuda without nvcc        fastreid_vi.nvrtc.<family>.<op>
     triton                   fastreid_vi.kernels.<family>.<op>
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from fastreid_vi import _backend, _checks
+from fastreid_vi import _backend, _checks, nvrtc
 
 NAMESPACE: Final = "fastreid_vi"
 NATIVE: Final = "fastreid_vi_native"
@@ -72,14 +73,18 @@ class Op:
                 return f"Triton's kernels do not load: {error}"
             found: Callable[..., Any] = getattr(module, self.name)
             return found
-        if native_missing:
-            return native_missing
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        missing = native_missing
+        if missing is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
             f"{NATIVE}::{self.name}", _KEY[backend]
         ):
-            return f"the C++ extension was built without {backend} code for {self.name}"
-        native: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), self.name).default
-        return native
+            missing = f"the C++ extension was built without {backend} code for {self.name}"
+        if missing is None:
+            native: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), self.name).default
+            return native
+        if backend != "cuda":
+            return missing
+        compiled = nvrtc.room(self.name)  # on first use, without nvcc
+        return f"{missing}; {compiled}" if isinstance(compiled, str) else compiled
 
     def room(self, backend: str) -> Callable[..., Any] | str:
         """`_find`, remembered."""
@@ -219,8 +224,14 @@ def register(
     return overload
 
 
+def _built(room: Callable[..., Any]) -> str:
+    return f"built ({nvrtc.path()})" if nvrtc.owns(room) else "built"
+
+
 def backends() -> dict[str, dict[str, str]]:
     """What is built: op -> backend -> "built", or the reason why this process does not have it.
+
+    CUDA rooms that are compiled on first use say "built (NVRTC through CuPy 14.2)".
 
     >>> import fastreid_vi
     >>> fastreid_vi.backends()["gem_pool"]["reference"]
@@ -230,5 +241,5 @@ def backends() -> dict[str, dict[str, str]]:
     table = {}
     for name, op in OPS.items():
         rooms = {b: op.room(b) for b in ("reference", "cpu", "triton", "cuda")}
-        table[name] = {b: r if isinstance(r, str) else "built" for b, r in rooms.items()}
+        table[name] = {b: r if isinstance(r, str) else _built(r) for b, r in rooms.items()}
     return table

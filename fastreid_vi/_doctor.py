@@ -31,8 +31,9 @@ def inspect() -> dict[str, Any]:
 
     Returns:
         JSON-ready: `versions`, `device`, `native` (module -> "built" or the reason why not), `ops`
-        (op -> room -> the same), `live` (op -> room that CPU and CUDA tensors use), `check` (op ->
-        verdict of a small computation), `optional`, `missing` (one line each), `ok`.
+        (op -> room -> the same, or "built (how)"), `live` (op -> room that CPU and CUDA tensors
+        use), `check` (op -> verdict of a small computation), `optional`, `missing` (one line each),
+        `ok`.
     """
     versions = {"fastreid-vi": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in CORE}
@@ -72,6 +73,11 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_built(state: str) -> bool:
+    """Whether a cell of the table names a room that runs: "built", or "built (how)"."""
+    return state.startswith("built")
+
+
 def _op_table(found: dict[str, Any]) -> list[str]:
     """Op x room, reasons as footnotes."""
     reasons: dict[str, int] = {}
@@ -80,9 +86,11 @@ def _op_table(found: dict[str, Any]) -> list[str]:
         cells = []
         for room in ROOMS:
             state = found["ops"][name].get(room, "no such room")
-            if state == "built":
+            if is_built(state):
                 uses = [device for device, live in found["live"][name].items() if live == room]
-                cells.append("built" + (f", {'+'.join(uses)} uses it" if uses else ""))
+                how = state.removeprefix("built").strip(" ()")
+                note = f" [{reasons.setdefault(how, len(reasons) + 1)}]" if how else ""
+                cells.append(f"built{note}" + (f", {'+'.join(uses)} uses it" if uses else ""))
             elif state == f"{name} has no {room} room":
                 cells.append("-")
             else:
@@ -150,7 +158,7 @@ def _ops(torch: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     ops = dispatch.backends()
     live = {
         name: {
-            device: next(room for room in order if rooms.get(room) == "built")
+            device: next(room for room in order if is_built(rooms.get(room, "")))
             for device, order in dispatch.ORDER.items()
             if device == "cpu" or torch.cuda.is_available()
         }
@@ -185,8 +193,12 @@ def _missing(torch: Any, found: dict[str, Any]) -> Any:
     native = found["native"]
     if native["_C"] != "built" and not isinstance(torch, str):
         yield f"{native['_C']}: {COMPILE}; the reference and triton rooms work without it"
-    elif torch_cuda(torch) and not _any_room(found["ops"], "cuda"):
-        yield f"no CUDA code: {COMPILE} and nvcc; the triton and reference rooms work without it"
+    elif torch_cuda(torch) and not any(is_built(r["cuda"]) for r in found["ops"].values()):
+        cupy = f"pip install 'fastreid-vi[cuda{torch.version.cuda.split('.')[0]}]'"
+        yield (
+            f"no CUDA code: {COMPILE} and nvcc, or {cupy}; "
+            "the triton and reference rooms work without it"
+        )
     if native["_retrieval"] != "built":
         yield f"{native['_retrieval']}: {COMPILE}; evaluation uses NumPy, slower, same results"
     if torch_cuda(torch) and found["optional"]["triton"] == "not installed":
@@ -201,6 +213,7 @@ def torch_cuda(torch: Any) -> bool:
 
 
 def _any_room(ops: dict[str, dict[str, str]], room: str) -> bool:
+    """Whether the compiled library has code for a room."""
     return any(rooms.get(room) == "built" for rooms in ops.values())
 
 
