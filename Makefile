@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything runs in .venv, made on first use.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+RESULTS ?= build/benchmarks
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -11,7 +12,7 @@ help:
 	@echo "make test   all tests and one round of every benchmark"
 	@echo "make lint   ruff, clang-format, mypy --strict"
 	@echo "make bench  benchmarks on this machine"
-	@echo "make gpu    every GPU test, then the benchmarks; uses the python3 that holds PyTorch"
+	@echo "make gpu    every GPU test, then the benchmarks (JSON in RESULTS=$(RESULTS)); uses the python3 that holds PyTorch"
 
 # PyTorch comes before the dependencies of the project, so that its version stays the one named above.
 $(VENV)/.base: pyproject.toml
@@ -53,7 +54,9 @@ gpu:
 	  || { echo "make gpu: python3 sees no CUDA device (torch.cuda.is_available() is False); nothing was run"; exit 1; }
 	python3 -m pip install --quiet --no-deps --no-build-isolation -e .
 	python3 -m pytest -q -p no:cacheprovider tests/ops tests/test_dispatch.py
-	python3 -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	mkdir -p $(RESULTS)
+	python3 -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/gpu.json
+	python3 benchmarks/report.py $(RESULTS)/gpu.json
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
