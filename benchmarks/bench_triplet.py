@@ -1,4 +1,4 @@
-"""Ranking losses against the published Python loops, tidy eager PyTorch and torch.compile."""
+"""Triplet losses against their published forms, tidy eager PyTorch, torch.compile and a library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from benchmarks.bench_distance import distance_tidy, embeddings
 from benchmarks.conftest import MODES, Workload, peers
 from benchmarks.shapes import EMBEDDINGS
 from fastreid_vi import ops
+
+try:
+    from pytorch_metric_learning.distances import LpDistance
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchHardMiner
+    from pytorch_metric_learning.reducers import MeanReducer
+except ImportError:  # an optional peer
+    LIBRARY: tuple[str, ...] = ()
+else:
+    LIBRARY = ("pytorch_metric_learning",)
 
 
 def batch_hard_eager(x: Tensor, labels: Tensor) -> Tensor:
@@ -31,12 +41,25 @@ def batch_hard_tidy(x: Tensor, labels: Tensor) -> Tensor:
     return (near - far + 0.3).clamp_min(0).mean()
 
 
+def batch_hard_library(x: Tensor, labels: Tensor) -> Tensor:
+    """pytorch-metric-learning: its miner's triplets, then its loss."""
+    distance = LpDistance(normalize_embeddings=False)
+    mined = BatchHardMiner(distance=distance)(x, labels)
+    return TripletMarginLoss(margin=0.3, distance=distance, reducer=MeanReducer())(x, labels, mined)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", list(EMBEDDINGS))
-@pytest.mark.parametrize("peer", peers("batch_hard_triplet_loss", "eager", "tidy", "compiled"))
+@pytest.mark.parametrize(
+    "peer", peers("batch_hard_triplet_loss", "eager", "tidy", "compiled", *LIBRARY)
+)
 def bench_batch_hard_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> None:
     x, labels = embeddings(shape)
-    others = {"eager": batch_hard_eager, "tidy": batch_hard_tidy}
+    others = {
+        "eager": batch_hard_eager,
+        "tidy": batch_hard_tidy,
+        "pytorch_metric_learning": batch_hard_library,
+    }
 
     def ours(x: Tensor, labels: Tensor) -> Tensor:
         return ops.batch_hard_triplet_loss(x, labels).loss
@@ -45,40 +68,47 @@ def bench_batch_hard_triplet_loss(run: Any, peer: str, shape: str, mode: str) ->
     run(work, peer, mode, shape)
 
 
-def center_cluster_eager(x: Tensor, labels: Tensor) -> Tensor:
-    """The published loops: a centre per row, then every identity against all rows."""
-    centres = torch.stack([x[labels == y].mean(0) for y in labels])
-    pull = (x - centres).square().sum(1).sqrt().mean()
-    pushes = []
-    for y in labels.unique():
-        own = centres[labels == y][:1]
-        others = centres[labels != y]
-        pushes.append(
-            (0.7 - (others - own).square().sum(1).clamp_min(1e-12).sqrt()).clamp_min(0).mean()
-        )
-    return pull + torch.stack(pushes).mean()
+def softmax_published(distance: Tensor, among: Tensor) -> Tensor:
+    """Softmax over the entries of a 0-1 mask; the others meet the maximum as zeros."""
+    shift = (distance * among).max(dim=1, keepdim=True)[0]
+    e = torch.exp(distance - shift) * among
+    return e / (e.sum(dim=1, keepdim=True) + 1e-6)
 
 
-def center_cluster_tidy(x: Tensor, labels: Tensor) -> Tensor:
-    """Identity-major batches with eight or more rows each: a reshape instead of a search."""
-    identities = EMBEDDINGS["mpanet_128x14336"].identities
-    grouped = x.unflatten(0, (identities, -1))
-    centres = grouped.mean(1)
-    pull = (grouped - centres[:, None]).square().sum(-1).sqrt().mean()
-    upper = torch.triu_indices(identities, identities, 1, device=x.device)
-    gaps = (centres[upper[0]] - centres[upper[1]]).square().sum(1).clamp_min(1e-12).sqrt()
-    return pull + (0.7 - gaps).clamp_min(0).mean()
+def weighted_eager(x: Tensor, labels: Tensor) -> Tensor:
+    """The published form: 0-1 matrices multiply everything."""
+    distance = distance_tidy(x)
+    positives = labels.expand(len(x), len(x)).eq(labels[:, None]).float()
+    negatives = labels.expand(len(x), len(x)).ne(labels[:, None]).float()
+    near, far = distance * positives, distance * negatives
+    furthest = (near * softmax_published(near, positives)).sum(dim=1)
+    closest = (far * softmax_published(-far, negatives)).sum(dim=1)
+    return torch.nn.functional.soft_margin_loss(closest - furthest, torch.ones_like(furthest))
+
+
+def weighted_tidy(x: Tensor, labels: Tensor) -> Tensor:
+    distance = distance_tidy(x)
+    same = labels[:, None] == labels[None, :]
+    shift = distance.detach().masked_fill(~same, 0.0).amax(1, keepdim=True)
+    pull = torch.where(same, (distance - shift).exp(), 0.0)
+    push = torch.where(same, 0.0, (-distance).exp())
+    near = (pull * distance).sum(1) / (pull.sum(1) + 1e-6)
+    far = (push * distance).sum(1) / (push.sum(1) + 1e-6)
+    return torch.nn.functional.softplus(near - far).mean()
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", ["mpanet_128x14336"])
-@pytest.mark.parametrize("peer", peers("center_cluster_loss", "eager", "tidy", "compiled"))
-def bench_center_cluster_loss(run: Any, peer: str, shape: str, mode: str) -> None:
+@pytest.mark.parametrize("shape", list(EMBEDDINGS))
+@pytest.mark.parametrize("peer", peers("weighted_triplet_loss", "eager", "tidy", "compiled"))
+def bench_weighted_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> None:
     x, labels = embeddings(shape)
-    others = {"eager": center_cluster_eager, "tidy": center_cluster_tidy}
+    # Unit rows: beyond a distance of about 14 the published weights of the negatives vanish.
+    x = torch.nn.functional.normalize(x.detach()).requires_grad_()
+    others = {"eager": weighted_eager, "tidy": weighted_tidy}
 
     def ours(x: Tensor, labels: Tensor) -> Tensor:
-        return ops.center_cluster_loss(x, labels).loss
+        return ops.weighted_triplet_loss(x, labels).loss
 
-    work = Workload("center_cluster_loss", ours, others, (x, labels), 1e-4, 4 * x.numel())
+    # The expanded square leaves noise on the diagonal, where a gradient must vanish: a loose gate.
+    work = Workload("weighted_triplet_loss", ours, others, (x, labels), 5e-2, 4 * x.numel())
     run(work, peer, mode, shape)
