@@ -7,6 +7,7 @@ it compiles templates anew in every process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -160,7 +161,19 @@ def _write(file: Path, image: bytes, symbol: str) -> None:
             partial.unlink()
 
 
+@functools.cache
+def _preload() -> None:
+    """Load the NVRTC that came with PyTorch: CuPy's search may not lead to its wheels."""
+    major = (torch.version.cuda or "").split(".")[0]
+    for root in _package_folders("nvidia"):
+        for folder in ("cuda_nvrtc", f"cu{major}"):
+            library = root / folder / "lib" / f"libnvrtc.so.{major}"
+            if library.is_file():
+                ctypes.CDLL(str(library))
+
+
 def _nvrtc() -> Any:
+    _preload()
     return importlib.import_module("cupy.cuda").nvrtc
 
 
