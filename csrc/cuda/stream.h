@@ -59,6 +59,18 @@ inline void check_launch() {
 #endif
 }
 
+// Bytes of shared memory, static and dynamic, that a block may have on the current device.
+inline int64_t shared_memory_limit() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return static_cast<int64_t>(emulation::shared_limit);
+#endif
+}
+
 // A grid's first axis; the others end at 65535.
 inline dim3 blocks(int64_t count) {
   STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "a launch of ", count,

@@ -25,4 +25,9 @@ BUDGETS = {
     "gem_pool_positions_kernel": Budget(registers=48),
     "gem_pool_backward_channels_last_kernel": Budget(registers=48, shared=1024, wide_stores=True),
     "gem_pool_backward_positions_kernel": Budget(registers=48, wide_stores=True),
+    # csrc/cuda/softrank.cu
+    "soft_rank_warp_kernel": Budget(registers=64, wide_stores=True),
+    "soft_rank_block_kernel": Budget(registers=64, shared=784, wide_stores=True),
+    "soft_rank_backward_warp_kernel": Budget(registers=64, wide_stores=True),
+    "soft_rank_backward_block_kernel": Budget(registers=64, shared=512, wide_stores=True),
 }

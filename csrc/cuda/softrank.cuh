@@ -1,0 +1,329 @@
+// Soft ranks of rows: the projection of theta = values / strength onto the permutahedron.
+//   s = theta in descending order, w = n, n - 1, ..., 1
+//   v = non-increasing isotonic regression of s - w;  rank = s - v
+// A row with max theta - min theta <= n/2 is one block: rank = theta - mean + (n + 1)/2, no sort.
+// A negative strength ranks in descending order. Sums and ranks are taken in double.
+#pragma once
+
+#include "team.cuh"
+
+namespace fastreid_vi {
+
+constexpr int kSoftRankWarpRow = 1024;   // the longest row that a warp takes; a block above
+constexpr int kSoftRankWarps = 4;        // rows of a block of the warp kernels
+constexpr int kSoftRankThreads = 512;    // of a block that takes one row
+constexpr int kSoftRankSlotBytes = 12;   // shared memory for each entry of a padded row
+constexpr int kSoftRankLongest = 32768;  // positions are 16-bit
+
+// The power of two that a bitonic sort of n entries needs.
+__host__ __device__ constexpr int soft_rank_padded(int n) {
+  int padded = 2;
+  while (padded < n) padded *= 2;
+  return padded;
+}
+
+// Rounded once.
+template <typename T>
+__device__ __forceinline__ T from_double(double x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __forceinline__ __half from_double<__half>(double x) {
+  return __double2half(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_double<__nv_bfloat16>(double x) {
+  return __double2bfloat16(x);
+}
+
+__device__ __forceinline__ double not_a_number() { return __int_as_float(0x7FC00000); }
+
+__device__ __forceinline__ uint64_t bits_of(double x) {
+  union {
+    double number;
+    uint64_t bits;
+  } both;
+  both.number = x;
+  return both.bits;
+}
+__device__ __forceinline__ double number_of(uint64_t x) {
+  union {
+    uint64_t bits;
+    double number;
+  } both;
+  both.bits = x;
+  return both.number;
+}
+
+// Unsigned integers in the order of the numbers.
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ uint64_t ordered_bits(double x) {
+  const uint64_t bits = bits_of(x);
+  return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
+}
+
+// Ascending; `padded` is a power of two. With `indexed`, index[] moves along with the keys.
+template <bool indexed, typename Key, typename Team>
+__device__ __forceinline__ void bitonic_sort(const Team& team, Key* keys, unsigned short* index,
+                                             int padded) {
+  for (int run = 2; run <= padded; run *= 2) {
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      for (int pair = team.rank; pair < padded / 2; pair += Team::size) {
+        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
+        const Key a = keys[low], b = keys[high];
+        if ((a > b) != ((low & run) == 0)) continue;
+        keys[low] = b;
+        keys[high] = a;
+        if constexpr (indexed) {
+          const unsigned short moved = index[low];
+          index[low] = index[high];
+          index[high] = moved;
+        }
+      }
+      team.sync();
+    }
+  }
+}
+
+// Shared memory of one row. `slots` hold sort keys, then s, then the sums of the blocks of the
+// isotonic regression; block t begins at position start[t] of the sorted order, position k of which
+// is entry index[k].
+struct RankRow {
+  uint64_t* slots;
+  unsigned short *index, *start;
+
+  __device__ __forceinline__ RankRow(unsigned char* memory, int padded)
+      : slots(reinterpret_cast<uint64_t*>(memory)),
+        index(reinterpret_cast<unsigned short*>(slots + padded)),
+        start(index + padded) {}
+};
+
+// rank = (theta - mean) + weight for the members of a block: positions begin to begin + count - 1.
+struct RankBlock {
+  int number, begin, count;
+  double mean, weight;
+
+  __device__ __forceinline__ double rank(double theta) const { return (theta - mean) + weight; }
+};
+
+__device__ __forceinline__ RankBlock rank_block(const RankRow& row, int blocks, int n,
+                                                int position) {
+  int low = 0, high = blocks;  // the last block that does not begin after the position
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (row.start[middle] <= position ? low : high) = middle;
+  }
+  const int begin = row.start[low], end = low + 1 < blocks ? row.start[low + 1] : n;
+  return {low, begin, end - begin, number_of(row.slots[low]) / (end - begin),
+          n - 0.5 * (begin + end - 1)};
+}
+
+// Pools adjacent violators; one thread. A block's mean of s - w is its mean of s less that of w,
+// and the latter falls by half of both counts from a block to the next. Block t is written over
+// slot t, which has been read by then. Returns the number of blocks.
+__device__ __forceinline__ int pool_violators(const RankRow& row, int n) {
+  int blocks = 0, top_begin = 0;
+  double top_sum = 0, next = number_of(row.slots[0]);
+  for (int k = 0; k < n; ++k) {
+    int begin = k;
+    double sum = next;
+    if (k + 1 < n) next = number_of(row.slots[k + 1]);
+    while (blocks > 0) {
+      const double earlier = begin - top_begin, later = k + 1 - begin;
+      if (top_sum * later - sum * earlier > 0.5 * earlier * later * (earlier + later)) break;
+      begin = top_begin;
+      sum += top_sum;
+      if (--blocks == 0) break;
+      top_begin = row.start[blocks - 1];
+      top_sum = number_of(row.slots[blocks - 1]);
+    }
+    row.start[blocks] = static_cast<unsigned short>(begin);
+    row.slots[blocks] = bits_of(sum);
+    ++blocks;
+    top_begin = begin;
+    top_sum = sum;
+  }
+  return blocks;
+}
+
+// The general path up to the blocks; value(j) is entry j, a finite A. All threads of the team get
+// the number of blocks. Equal values stay in one block, so the order among them does not matter.
+template <typename A, typename Team, typename Value>
+__device__ __forceinline__ int pool_row(const Team& team, const RankRow& row, int n, int padded,
+                                        double strength, Value&& value) {
+  constexpr bool indexed = sizeof(A) == 8;  // narrower keys leave room for the index
+  for (int i = team.rank; i < padded; i += Team::size) {
+    uint64_t slot = ~uint64_t(0);
+    if (i < n) {
+      const A x = strength < 0 ? -value(i) : value(i);
+      slot = static_cast<uint64_t>(~ordered_bits(x));
+      if constexpr (!indexed) slot = slot << 32 | static_cast<unsigned>(i);
+    }
+    row.slots[i] = slot;
+    if constexpr (indexed) row.index[i] = static_cast<unsigned short>(i);
+  }
+  team.sync();
+  bitonic_sort<indexed>(team, row.slots, row.index, padded);
+  for (int k = team.rank; k < n; k += Team::size) {
+    if constexpr (!indexed) row.index[k] = static_cast<unsigned short>(row.slots[k]);
+    row.slots[k] = bits_of(value(row.index[k]) / strength);
+  }
+  team.sync();
+  return team.from_first(team.rank == 0 ? pool_violators(row, n) : 0);
+}
+
+// What decides a row's path.
+template <typename A>
+struct RowRange {
+  A low, high;
+  double sum;
+
+  __device__ __forceinline__ explicit RowRange(A first) : low(first), high(first), sum(0) {}
+  __device__ __forceinline__ void add(A x) {
+    low = Minimum{}(low, x);
+    high = Maximum{}(high, x);
+    sum += x;
+  }
+  template <typename Team>
+  __device__ __forceinline__ void reduce(const Team& team) {
+    low = team.reduce(low, Minimum{});
+    high = team.reduce(high, Maximum{});
+    sum = team.reduce(sum, Sum{});
+  }
+  __device__ __forceinline__ bool finite() const { return low - low == 0 && high - high == 0; }
+  __device__ __forceinline__ bool one_block(int n, double strength) const {
+    const double a = low / strength, b = high / strength;
+    return (a < b ? b - a : a - b) <= 0.5 * n;
+  }
+};
+
+template <typename T, typename Team>
+__device__ __forceinline__ void soft_rank_row(const Team& team, unsigned char* memory,
+                                              const T* values, T* ranks, int* blocks, int n,
+                                              int padded, double strength) {
+  using A = Accumulator<T>;
+  RowRange<A> range(widen(values[0]));
+  each_in_row(team, values, n, [&](T v) { range.add(widen(v)); });
+  range.reduce(team);
+  if (!range.finite()) {
+    fill_row(team, ranks, n, from_double<T>(not_a_number()));
+    return fill_row(team, blocks, n, -1);
+  }
+  if (range.one_block(n, strength)) {
+    const double mean = range.sum / n, slope = 1 / strength, middle = 0.5 * (n + 1);
+    map_row(team, values, ranks, n,
+            [&](T v) { return from_double<T>((widen(v) - mean) * slope + middle); });
+    return fill_row(team, blocks, n, 0);
+  }
+  const RankRow row(memory, padded);
+  const auto value = [&](int j) { return widen(values[j]); };
+  const int count = pool_row<A>(team, row, n, padded, strength, value);
+  for (int k = team.rank; k < n; k += Team::size) {
+    const int j = row.index[k];
+    const RankBlock block = rank_block(row, count, n, k);
+    ranks[j] = from_double<T>(block.rank(value(j) / strength));
+    blocks[j] = block.begin;
+  }
+}
+
+// (g - mean of g over the entry's block) / strength. Entries are sorted by block, then by position,
+// so that each block is summed in one order, by one thread.
+template <typename T, typename Team>
+__device__ __forceinline__ void soft_rank_backward_row(const Team& team, unsigned char* memory,
+                                                       const T* grad, const int* blocks, T* dvalues,
+                                                       int n, int padded, double strength) {
+  int low = blocks[0], high = low;
+  each_in_row(team, blocks, n, [&](int block) {
+    low = Minimum{}(low, block);
+    high = Maximum{}(high, block);
+  });
+  low = team.reduce(low, Minimum{});
+  high = team.reduce(high, Maximum{});
+  if (low < 0) return fill_row(team, dvalues, n, from_double<T>(not_a_number()));
+  const double slope = 1 / strength;
+  if (high == 0) {
+    double sum = 0;
+    each_in_row(team, grad, n, [&](T g) { sum += widen(g); });
+    const double mean = team.reduce(sum, Sum{}) / n;
+    return map_row(team, grad, dvalues, n,
+                   [&](T g) { return from_double<T>((widen(g) - mean) * slope); });
+  }
+  double* means = reinterpret_cast<double*>(memory);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(means + padded);
+  const auto block_of = [&](int j) { return blocks[j] < n ? blocks[j] : n - 1; };
+  for (int i = team.rank; i < padded; i += Team::size) {
+    keys[i] = i < n ? static_cast<uint32_t>(block_of(i)) << 16 | i : ~0u;
+  }
+  team.sync();
+  bitonic_sort<false>(team, keys, nullptr, padded);
+  for (int k = team.rank; k < n; k += Team::size) {
+    const uint32_t block = keys[k] >> 16;
+    if (k > 0 && keys[k - 1] >> 16 == block) continue;
+    double sum = 0;
+    int end = k;
+    for (; end < n && keys[end] >> 16 == block; ++end) sum += widen(grad[keys[end] & 0xFFFF]);
+    means[block] = sum / (end - k);
+  }
+  team.sync();
+  for (int j = team.rank; j < n; j += Team::size) {
+    dvalues[j] = from_double<T>((widen(grad[j]) - means[block_of(j)]) * slope);
+  }
+}
+
+// n <= kSoftRankWarpRow: a warp takes one row.
+template <typename T>
+__global__ void __launch_bounds__(kSoftRankWarps* kWarp, 8)
+    soft_rank_warp_kernel(const T* __restrict__ values, T* __restrict__ ranks,
+                          int* __restrict__ blocks, int64_t rows, int64_t pitch, int n, int padded,
+                          double strength) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  const int warp = threadIdx.x / kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSoftRankWarps + warp;
+  if (row >= rows) return;
+  soft_rank_row(WarpTeam{static_cast<int>(threadIdx.x % kWarp)},
+                memory + warp * padded * kSoftRankSlotBytes, values + row * pitch, ranks + row * n,
+                blocks + row * n, n, padded, strength);
+}
+
+// Longer rows: a block takes one.
+template <typename T>
+__global__ void __launch_bounds__(kSoftRankThreads, 2)
+    soft_rank_block_kernel(const T* __restrict__ values, T* __restrict__ ranks,
+                           int* __restrict__ blocks, int64_t, int64_t pitch, int n, int padded,
+                           double strength) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t row = blockIdx.x;
+  soft_rank_row(BlockTeam<kSoftRankThreads>{static_cast<int>(threadIdx.x)}, memory,
+                values + row * pitch, ranks + row * n, blocks + row * n, n, padded, strength);
+}
+
+// Work is divided as in the forward pass; grad, blocks and dvalues are contiguous.
+template <typename T>
+__global__ void __launch_bounds__(kSoftRankWarps* kWarp, 8)
+    soft_rank_backward_warp_kernel(const T* __restrict__ grad, const int* __restrict__ blocks,
+                                   T* __restrict__ dvalues, int64_t rows, int n, int padded,
+                                   double strength) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  const int warp = threadIdx.x / kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSoftRankWarps + warp;
+  if (row >= rows) return;
+  soft_rank_backward_row(WarpTeam{static_cast<int>(threadIdx.x % kWarp)},
+                         memory + warp * padded * kSoftRankSlotBytes, grad + row * n,
+                         blocks + row * n, dvalues + row * n, n, padded, strength);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSoftRankThreads, 2)
+    soft_rank_backward_block_kernel(const T* __restrict__ grad, const int* __restrict__ blocks,
+                                    T* __restrict__ dvalues, int64_t, int n, int padded,
+                                    double strength) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t row = blockIdx.x;
+  soft_rank_backward_row(BlockTeam<kSoftRankThreads>{static_cast<int>(threadIdx.x)}, memory,
+                         grad + row * n, blocks + row * n, dvalues + row * n, n, padded, strength);
+}
+
+}  // namespace fastreid_vi
