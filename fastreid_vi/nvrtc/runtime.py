@@ -60,6 +60,11 @@ def packed(arguments: Sequence[Argument]) -> tuple[ctypes.Array[ctypes.c_void_p]
     return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
 
 
+def device_index(arguments: Sequence[Argument]) -> int:
+    """Which device the tensors of a launch are on."""
+    return int(next(a.device.index for a in arguments if isinstance(a, Tensor)))
+
+
 class CupyRuntime:
     """Compiles on first use for each device, then launches."""
 
@@ -81,7 +86,7 @@ class CupyRuntime:
         from cupy.cuda import driver
         from cupy.cuda import runtime as cuda
 
-        index = next(a.device.index for a in arguments if isinstance(a, Tensor))
+        index = device_index(arguments)
         addresses, values = packed(arguments)
         with torch.cuda.device(index):
             # Driver calls need a context in this thread: the primary one, which PyTorch uses too.

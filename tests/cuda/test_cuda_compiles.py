@@ -39,6 +39,23 @@ def kernels(build_folder: Path) -> dict[tuple[str, str], list[toolkit.Usage]]:
         return {(s.stem, a): usage for (s, a), usage in zip(jobs, results, strict=True)}
 
 
+def assert_within_budget(kernel: toolkit.Usage, architecture: str) -> None:
+    """Whether the compiler kept to the kernel's line in budgets.py."""
+    name = kernel.name.split("<")[0]
+    assert name in BUDGETS, f"{name} has no line in tests/cuda/budgets.py"
+    budget = BUDGETS[name]
+    about = f"{kernel.name} for {architecture}"
+    assert kernel.spills == 0, f"{about}: {kernel.spills} accesses to local memory"
+    assert kernel.stack == 0, f"{about}: {kernel.stack} bytes of stack"
+    assert kernel.registers <= budget.registers, f"{about}: {kernel.registers} registers"
+    shared = kernel.shared - (SYSTEM_SHARED[architecture] if kernel.shared else 0)
+    assert shared <= budget.shared, f"{about}: {shared} bytes of shared memory"
+    if budget.wide_loads:
+        assert kernel.wide_loads > 0, f"{about}: no 128-bit load"
+    if budget.wide_stores:
+        assert kernel.wide_stores > 0, f"{about}: no 128-bit store"
+
+
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -46,19 +63,7 @@ def test_kernels_keep_their_budget(kernels, source: Path, architecture: str):
     found = kernels[source.stem, architecture]
     assert found, f"{source.name} has no kernel"
     for kernel in found:
-        name = kernel.name.split("<")[0]
-        assert name in BUDGETS, f"{name} has no line in tests/cuda/budgets.py"
-        budget = BUDGETS[name]
-        about = f"{kernel.name} for {architecture}"
-        assert kernel.spills == 0, f"{about}: {kernel.spills} accesses to local memory"
-        assert kernel.stack == 0, f"{about}: {kernel.stack} bytes of stack"
-        assert kernel.registers <= budget.registers, f"{about}: {kernel.registers} registers"
-        shared = kernel.shared - (SYSTEM_SHARED[architecture] if kernel.shared else 0)
-        assert shared <= budget.shared, f"{about}: {shared} bytes of shared memory"
-        if budget.wide_loads:
-            assert kernel.wide_loads > 0, f"{about}: no 128-bit load"
-        if budget.wide_stores:
-            assert kernel.wide_stores > 0, f"{about}: no 128-bit store"
+        assert_within_budget(kernel, architecture)
 
 
 @needs_nvcc
