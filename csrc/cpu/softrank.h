@@ -18,7 +18,7 @@
 namespace fastreid_vi {
 namespace {
 
-constexpr int64_t kRankLanes = 16;      // independent extremes and sums, so that they vectorise
+constexpr int64_t kRankLanes = 64;      // independent extremes and sums, so that they vectorise
 constexpr int64_t kWorthCounting = 64;  // shorter rows sort faster by comparisons
 constexpr int64_t kDigits = 256;        // values of a radix digit
 constexpr int32_t kNotFinite = -1;      // the block of every entry of a row with NaN or infinity
@@ -48,7 +48,9 @@ FASTREID_VI_CLONES Extent extent_of(const T* __restrict x, int64_t n) {
       const A value = static_cast<A>(x[j + i]);
       low[i] = value < low[i] ? value : low[i];
       high[i] = value > high[i] ? value : high[i];
-      sum[i] += static_cast<double>(value) - static_cast<double>(first);
+    }
+    for (int64_t i = 0; i < kRankLanes; ++i) {  // its own loop: lanes of another width
+      sum[i] += static_cast<double>(static_cast<A>(x[j + i])) - static_cast<double>(first);
     }
   }
   for (int64_t i = 0; j + i < n; ++i) {
@@ -182,39 +184,45 @@ class SoftRanker {
 
   // The blocks of the isotonic regression of y_k = theta_k - (n - k): merge while the means of two
   // neighbours do not decrease. The means are compared as cross products, which are exact wherever
-  // the sums are, so that equal means merge.
+  // the sums are, so that equal means merge. The last block stays in registers.
   void pool() {
     const auto n = static_cast<double>(n_);
+    double above = 0, above_count = 0;
     int64_t top = 0;
     for (int64_t k = 0; k < n_; ++k) {
       double sum = theta_[k] - (n - static_cast<double>(k)), count = 1;
-      while (top > 0 && !(sum_[top - 1] * count > sum * count_[top - 1])) {
-        --top;
-        sum += sum_[top];
-        count += count_[top];
+      while (top > 0 && !(above * count > sum * above_count)) {
+        sum += above;
+        count += above_count;
+        --top;  // slot 0 is a spare, read and not used when the stack is empty
+        above = sum_[top];
+        above_count = count_[top];
       }
-      sum_[top] = sum;
-      count_[top++] = count;
+      sum_[++top] = above = sum;
+      count_[top] = above_count = count;
     }
     tops_ = top;
   }
 
-  // rank = theta - (mean of theta over the block) + (mean of n - k over the block). Distances from
-  // the block's first entry keep the digits that a large theta would cost.
-  void scatter(T* ranks, int32_t* blocks) const {
+  // rank = theta - mean of y over the block, as a distance from the block's first entry: a block of
+  // one gets its whole number exactly, however large theta is.
+  void scatter(T* ranks, int32_t* blocks) {
+    std::fill(begins_.begin(), begins_.end(), uint8_t(0));
     int64_t start = 0;
     for (int64_t b = 0; b < tops_; ++b) {
-      const auto size = static_cast<int64_t>(count_[b]), end = start + size;
-      const double first = theta_[start];
-      double sum = 0;
-      for (int64_t k = start + 1; k < end; ++k) sum += theta_[k] - first;
-      const double shift = 0.5 * static_cast<double>(2 * n_ - start - end + 1) - sum / count_[b];
-      for (int64_t k = start; k < end; ++k) {
-        const uint32_t entry = items_[k].entry;
-        ranks[entry] = static_cast<T>(static_cast<A>((theta_[k] - first) + shift));
-        blocks[entry] = static_cast<int32_t>(start);
-      }
-      start = end;
+      const double first = theta_[start], count = count_[b + 1];
+      const double shift =
+          count == 1 ? static_cast<double>(n_ - start) : first - sum_[b + 1] / count;
+      block_[b] = {first, shift, static_cast<int32_t>(start)};
+      begins_[start] = 1;
+      start += static_cast<int64_t>(count);
+    }
+    const Block* block = block_.data() - 1;
+    for (int64_t k = 0; k < n_; ++k) {
+      block += begins_[k];  // no branch: where blocks end cannot be foreseen
+      const uint32_t entry = items_[k].entry;
+      ranks[entry] = static_cast<T>(static_cast<A>((theta_[k] - block->first) + block->shift));
+      blocks[entry] = block->start;
     }
   }
 
@@ -223,15 +231,24 @@ class SoftRanker {
     items_.resize(n);
     other_.resize(n);
     theta_.resize(n);
-    sum_.resize(n);
-    count_.resize(n);
+    sum_.resize(n + 1);
+    count_.resize(n + 1);
+    block_.resize(n);
+    begins_.resize(n);
   }
+
+  struct Block {
+    double first, shift;  // theta of its first entry, and the rank of that
+    int32_t start;
+  };
 
   int64_t n_, tops_ = 0;
   double strength_;
   bool descending_;
   std::vector<Keyed<A>> items_, other_;
-  std::vector<double> theta_, sum_, count_;  // count_ is whole numbers
+  std::vector<double> theta_, sum_, count_;  // of the stack of blocks; counts are whole numbers
+  std::vector<Block> block_;
+  std::vector<uint8_t> begins_;  // whether a block begins at this place of the sorted order
 };
 
 // out = scale (g - mean of g over the entries with the same block): the soft rank's Jacobian.
@@ -264,9 +281,11 @@ class BlockCentring {
     int64_t j = 0;
     for (; j + kRankLanes <= n; j += kRankLanes) {
       for (int64_t i = 0; i < kRankLanes; ++i) {
-        sum[i] += static_cast<double>(static_cast<A>(g[j + i]));
         const auto block = static_cast<uint32_t>(blocks[j + i]);
         high[i] = block > high[i] ? block : high[i];
+      }
+      for (int64_t i = 0; i < kRankLanes; ++i) {
+        sum[i] += static_cast<double>(static_cast<A>(g[j + i]));
       }
     }
     for (int64_t i = 0; j + i < n; ++i) {
