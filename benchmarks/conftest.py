@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fastreid_vi
+from benchmarks.device import device_times
 from fastreid_vi._dispatch import OPS, native_missing
 
 GPU = torch.cuda.is_available()
@@ -34,6 +35,8 @@ class Workload(NamedTuple):
     args: tuple[Any, ...]
     tolerance: float  # Frobenius-relative error allowed against float64
     bytes: int  # read and written at least once in the forward pass
+    training_bytes: int = 0  # the same, forward and backward; 0 where not counted
+    flops: tuple[int, int] = (0, 0)  # of the matrix products: forward, forward and backward
 
 
 def rooms_of(op: str) -> list[str]:
@@ -127,6 +130,13 @@ def run(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
 
                 benchmark.pedantic(synchronised, rounds=50, warmup_rounds=10)
                 peak = torch.cuda.max_memory_allocated()
+                backward = mode == "training"
+                benchmark.extra_info["device"] = device_times(
+                    step,
+                    ours=room == peer != "reference",
+                    bytes_moved=work.training_bytes if backward else work.bytes,
+                    flops=work.flops[backward],
+                )
             else:
                 benchmark.pedantic(step, rounds=7, warmup_rounds=2)
                 peak = None
