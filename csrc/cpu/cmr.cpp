@@ -85,8 +85,7 @@ void closed_gradient(const Batch& batch, const Units<T>& units, double grad, dou
                      double* out) {
   std::array<double, 2> weight = {};
   for (int m = 0; m < 2; ++m) {
-    const Direction& its = batch.directions[m];
-    const double terms = static_cast<double>(its.kept) * static_cast<double>(its.gallery);
+    const double terms = batch.directions[m].terms();
     if (batch.closed(m)) weight[m] = grad / (batch.active * strength * terms);
   }
   const int64_t blocks = (units.size + kColumns - 1) / kColumns;
@@ -125,57 +124,52 @@ void closed_gradient(const Batch& batch, const Units<T>& units, double grad, dou
 struct Ranked {
   const Batch& batch;
   double strength;
-  int64_t size, height, width;              // D; rows of the visible, of the infrared modality
-  std::unique_ptr<double[]> units;          // [N, D]
-  std::unique_ptr<double[]> cosine, slope;  // [height, width]
+  std::array<Tensor, 2> units;  // of each modality, in float64 [its rows, D]
+  Tensor cosine, slope;         // [visible, infrared]
 
   template <typename T>
-  Ranked(const Batch& all, const Units<T>& from, double strength_)
+  Ranked(const Batch& all, const Units<T>& from, double strength_, const Tensor& like)
       : batch(all),
         strength(strength_),
-        size(from.size),
-        height(static_cast<int64_t>(all.members[0].size())),
-        width(static_cast<int64_t>(all.members[1].size())),
-        units(std::make_unique_for_overwrite<double[]>(from.count * from.size)),
-        cosine(std::make_unique_for_overwrite<double[]>(height * width)) {
-    parallel(from.count, size, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        sum_units(from.x, from.stride, &i, 1, from.inverse.data(), size, unit(i));
+        units{unit_rows(0, from, like), unit_rows(1, from, like)},
+        cosine(torch::stable::matmul(units[0], torch::stable::transpose(units[1], 0, 1))),
+        slope(torch::stable::new_zeros(cosine, {cosine.size(0), cosine.size(1)})) {}
+
+  template <typename T>
+  Tensor unit_rows(int m, const Units<T>& from, const Tensor& like) const {
+    const std::vector<int64_t>& members = batch.members[m];
+    const auto count = static_cast<int64_t>(members.size());
+    Tensor out = torch::stable::new_empty(like, {count, from.size}, ScalarType::Double);
+    double* rows = out.mutable_data_ptr<double>();
+    parallel(count, from.size, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        sum_units(from.x, from.stride, &members[k], 1, from.inverse.data(), from.size,
+                  rows + k * from.size);
       }
     });
-    parallel(height, width * size, [&](int64_t first, int64_t last) {
-      for (int64_t v = first; v < last; ++v) {
-        for (int64_t i = 0; i < width; ++i) {
-          cosine[v * width + i] = dot(unit(batch.members[0][v]), unit(batch.members[1][i]), size);
-        }
-      }
-    });
+    return out;
   }
-
-  double* unit(int64_t row) const { return units.get() + row * size; }
-
-  // Where the cosines of query k of modality m begin, and how far apart they lie.
-  int64_t start(int m, int64_t k) const { return m == 0 ? k * width : k; }
-  int64_t step(int m) const { return m == 0 ? 1 : width; }
 
   // The sum of |rank - target| over the kept queries of modality m. With `weight` not zero also
   // adds weight times its derivative to `slope`.
   template <typename A>
   double rank(int m, double weight) {
-    const Direction& direction = batch.directions[m];
     const std::vector<int64_t>&queries = batch.members[m], &gallery = batch.members[1 - m];
-    const int64_t n = direction.gallery;
+    const int64_t n = batch.directions[m].gallery;
+    // Where the pairs of one query begin, and how far apart they lie.
+    const int64_t next = m == 0 ? n : 1, step = m == 0 ? 1 : static_cast<int64_t>(queries.size());
+    const double* cosines = cosine.const_data_ptr<double>();
+    double* slopes = slope.mutable_data_ptr<double>();
     std::vector<double> parts(queries.size());
-    parallel(static_cast<int64_t>(queries.size()), 16 * n, [&](int64_t a, int64_t z) {
+    parallel(static_cast<int64_t>(queries.size()), 16 * n, [&](int64_t from, int64_t to) {
       SoftRanker<double> ranker(n, strength, false);
       BlockCentring<double> centring(n);
       std::vector<double> row(static_cast<size_t>(n)), ranks(row.size());
       std::vector<int32_t> blocks(row.size());
-      for (int64_t k = a; k < z; ++k) {
+      for (int64_t k = from; k < to; ++k) {
         const Group& own = batch.groups[batch.group_of[queries[k]]];
         if (!batch.kept(own)) continue;
-        const double* c = cosine.get() + start(m, k);
-        for (int64_t j = 0; j < n; ++j) row[j] = 0.5 * (1.0 - c[j * step(m)]);
+        for (int64_t j = 0; j < n; ++j) row[j] = 0.5 * (1.0 - cosines[k * next + j * step]);
         ranker.row(row.data(), ranks.data(), blocks.data());
         for (int64_t j = 0; j < n; ++j) {
           const bool match = batch.group_of[gallery[j]] == own.partner;
@@ -186,8 +180,7 @@ struct Ranked {
         }
         if (weight == 0.0) continue;
         centring.row(row.data(), blocks.data(), -0.5 / strength, ranks.data());
-        double* s = slope.get() + start(m, k);
-        for (int64_t j = 0; j < n; ++j) s[j * step(m)] += ranks[j];
+        for (int64_t j = 0; j < n; ++j) slopes[k * next + j * step] += ranks[j];
       }
     });
     double total = 0;
@@ -195,23 +188,10 @@ struct Ranked {
     return total;
   }
 
-  // out[i] = gradient of unit row i, for every row. [N, D]
-  void gradient(double* out) const {
-    for (int m = 0; m < 2; ++m) {
-      const std::vector<int64_t>&own = batch.members[m], &other = batch.members[1 - m];
-      const auto count = static_cast<int64_t>(own.size());
-      const auto terms = static_cast<int64_t>(other.size());
-      parallel(count, terms * size, [&](int64_t a, int64_t z) {
-        for (int64_t k = a; k < z; ++k) {
-          double* row = out + own[k] * size;
-          std::fill(row, row + size, 0.0);
-          const double* s = slope.get() + start(m, k);
-          for (int64_t j = 0; j < terms; ++j) {
-            add_scaled(s[j * step(m)], unit(other[j]), size, row);
-          }
-        }
-      });
-    }
+  // The gradient of the unit rows of each modality.
+  std::array<Tensor, 2> gradient() const {
+    return {torch::stable::matmul(slope, units[1]),
+            torch::stable::matmul(torch::stable::transpose(slope, 0, 1), units[0])};
   }
 };
 
@@ -229,13 +209,13 @@ Tensor cross_modality_retrieval_loss(const Tensor& embeddings, const Tensor& lab
       if (batch.closed(0) || batch.closed(1)) remainder = closed_remainders(batch, units);
       std::unique_ptr<Ranked> ranked;
       if (batch.ranked(0) || batch.ranked(1)) {
-        ranked = std::make_unique<Ranked>(batch, units, strength);
+        ranked = std::make_unique<Ranked>(batch, units, strength, rows);
       }
       for (int m = 0; m < 2; ++m) {
         const auto n = static_cast<double>(batch.directions[m].gallery);
-        const auto kept = static_cast<double>(batch.directions[m].kept);
-        if (batch.closed(m)) total += 0.5 * (n - 1) + remainder[m] / (strength * kept * n);
-        if (batch.ranked(m)) total += ranked->rank<A>(m, 0.0) / (kept * n);
+        const double terms = batch.directions[m].terms();
+        if (batch.closed(m)) total += 0.5 * (n - 1) + remainder[m] / (strength * terms);
+        if (batch.ranked(m)) total += ranked->rank<A>(m, 0.0) / terms;
       }
       total /= batch.active;
     }
@@ -245,36 +225,38 @@ Tensor cross_modality_retrieval_loss(const Tensor& embeddings, const Tensor& lab
 }
 
 template <typename T>
-void retrieval_gradient(const Batch& batch, const Units<T>& units, double grad, double strength,
+void retrieval_gradient(const Batch& batch, const Tensor& rows, double grad, double strength,
                         T* out) {
+  const Units<T> units(rows);
   const int64_t size = units.size;
   const bool closed = batch.closed(0) || batch.closed(1);
   const bool ranked = batch.ranked(0) || batch.ranked(1);
-  std::unique_ptr<double[]> of_group, of_row;
+  std::unique_ptr<double[]> of_group;
+  std::array<Tensor, 2> of_row;
   if (closed) {
     of_group = std::make_unique_for_overwrite<double[]>(batch.groups.size() * size);
     closed_gradient(batch, units, grad, strength, of_group.get());
   }
   if (ranked) {
-    Ranked rows(batch, units, strength);
-    rows.slope = std::make_unique<double[]>(rows.height * rows.width);
+    Ranked pairs(batch, units, strength, rows);
     for (int m = 0; m < 2; ++m) {
-      const Direction& its = batch.directions[m];
-      const double terms = static_cast<double>(its.kept) * static_cast<double>(its.gallery);
-      if (batch.ranked(m)) rows.template rank<accumulate_t<T>>(m, grad / (batch.active * terms));
+      const double terms = batch.directions[m].terms();
+      if (batch.ranked(m)) pairs.template rank<accumulate_t<T>>(m, grad / (batch.active * terms));
     }
-    of_row = std::make_unique_for_overwrite<double[]>(units.count * size);
-    rows.gradient(of_row.get());
+    of_row = pairs.gradient();
   }
   parallel(units.count, size, [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) {
       const int64_t i = batch.rows[k];  // rows of a group together: their gradient stays in cache
-      double* g = closed ? of_group.get() + batch.group_of[i] * size : of_row.get() + i * size;
-      if (closed && ranked) {
-        add_scaled(1.0, g, size, of_row.get() + i * size);
-        g = of_row.get() + i * size;
+      const int64_t g = batch.group_of[i];
+      double* row = closed ? of_group.get() + g * size : nullptr;
+      if (ranked) {
+        double* own = of_row[batch.groups[g].modality].template mutable_data_ptr<double>() +
+                      batch.place[i] * size;
+        if (closed) add_scaled(1.0, row, size, own);
+        row = own;
       }
-      through_norm(units.x + i * units.stride, g, size, units.inverse[i], units.floored(i),
+      through_norm(units.x + i * units.stride, row, size, units.inverse[i], units.floored(i),
                    out + i * size);
     }
   });
@@ -289,7 +271,7 @@ Tensor cross_modality_retrieval_loss_backward(const Tensor& grad, const Tensor& 
   for_floating(embeddings.scalar_type(), [&]<typename T>() {
     const auto g = static_cast<double>(*grad.const_data_ptr<accumulate_t<T>>());
     if (batch.active > 0) {
-      retrieval_gradient(batch, Units<T>(rows), g, strength, out.mutable_data_ptr<T>());
+      retrieval_gradient(batch, rows, g, strength, out.mutable_data_ptr<T>());
     }
   });
   if (batch.active == 0) torch::stable::zero_(out);

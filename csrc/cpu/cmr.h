@@ -28,12 +28,15 @@ struct Direction {
   int64_t gallery = 0;  // n
   int64_t kept = 0;     // queries that have a match and a mismatch
   bool closed = false;  // n > 2 / strength: one block per row, and no rank passes its target
+
+  double terms() const { return static_cast<double>(kept) * static_cast<double>(gallery); }
 };
 
 struct Batch {
   std::vector<Group> groups;
   std::vector<int64_t> rows;                    // by group
   std::vector<int64_t> group_of;                // of each row of the embeddings
+  std::vector<int64_t> place;                   // of each row among those of its modality
   std::array<std::vector<int64_t>, 2> members;  // rows of each modality, in order
   std::array<Direction, 2> directions;
   double active = 0;  // directions with a kept query
@@ -58,6 +61,7 @@ Batch::Batch(const torch::stable::Tensor& labels, const torch::stable::Tensor& m
   std::unordered_map<int64_t, std::array<int64_t, 2>> known;
   known.reserve(static_cast<size_t>(n));
   group_of.resize(static_cast<size_t>(n));
+  place.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const int m = kind[i] == 0 ? 0 : 1;
     auto& pair = known.try_emplace(label[i], std::array{kNone, kNone}).first->second;
@@ -68,6 +72,7 @@ Batch::Batch(const torch::stable::Tensor& labels, const torch::stable::Tensor& m
     }
     group_of[i] = pair[m];
     ++groups[pair[m]].size;
+    place[i] = static_cast<int64_t>(members[m].size());
     members[m].push_back(i);
   }
   int64_t first = 0;
