@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <span>
 #include <tuple>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -25,28 +27,36 @@ using fastreid_vi::Scratch;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kColumns = 256;  // columns of the rows that stay in the cache
+constexpr int64_t kColumns = 1024;  // columns in which the rows of an identity stay in the cache
 
 // Identities in the order of their first rows.
 struct Identities {
-  std::vector<int64_t> first;     // [P] its first row
-  std::vector<int64_t> size;      // [P] number of its rows
   std::vector<int64_t> identity;  // [N] of each row
+  std::vector<int64_t> begin;     // [P + 1] where its rows begin in `rows`
+  std::vector<int64_t> rows;      // [N] by identity, ascending
 
   // Rows of the same key belong together; `keys` are labels, or first rows.
-  Identities(const int64_t* keys, int64_t rows) : identity(static_cast<size_t>(rows)) {
-    std::unordered_map<int64_t, int64_t> known;
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto [entry, fresh] = known.try_emplace(keys[i], count());
-      if (fresh) first.push_back(i), size.push_back(0);
-      identity[static_cast<size_t>(i)] = entry->second;
-      ++size[static_cast<size_t>(entry->second)];
+  Identities(const int64_t* keys, int64_t count)
+      : identity(static_cast<size_t>(count)), begin(1, 0), rows(static_cast<size_t>(count)) {
+    std::unordered_map<int64_t, size_t> known;
+    for (size_t i = 0; i < identity.size(); ++i) {
+      const auto [entry, fresh] = known.try_emplace(keys[i], known.size());
+      if (fresh) begin.push_back(0);
+      identity[i] = static_cast<int64_t>(entry->second);
+      ++begin[entry->second + 1];
+    }
+    for (size_t p = 1; p < begin.size(); ++p) begin[p] += begin[p - 1];
+    std::vector<int64_t> next(begin);
+    for (size_t i = 0; i < identity.size(); ++i) {
+      rows[static_cast<size_t>(next[static_cast<size_t>(identity[i])]++)] = static_cast<int64_t>(i);
     }
   }
-  int64_t count() const { return static_cast<int64_t>(first.size()); }
-  int64_t of(int64_t row) const { return identity[static_cast<size_t>(row)]; }
-  int64_t first_of(int64_t p) const { return first[static_cast<size_t>(p)]; }
-  int64_t size_of(int64_t p) const { return size[static_cast<size_t>(p)]; }
+  int64_t count() const { return static_cast<int64_t>(begin.size()) - 1; }
+  std::span<const int64_t> of(int64_t p) const {
+    const auto* from = begin.data() + p;
+    return {rows.data() + from[0], rows.data() + from[1]};
+  }
+  int64_t first_of(int64_t p) const { return of(p).front(); }
 };
 
 template <typename A>
@@ -65,7 +75,7 @@ FASTREID_VI_CLONES void finish_centre(const A* base, A rows, int64_t width, A* o
 // sum of ((x - base) - offset)^2, in short sums
 template <typename A>
 FASTREID_VI_CLONES A square_of(const A* x, const A* base, const A* offset, int64_t width) {
-  constexpr int64_t kLanes = 32;
+  constexpr int64_t kLanes = 64;
   A lane[kLanes] = {}, square = 0;
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
@@ -78,39 +88,48 @@ FASTREID_VI_CLONES A square_of(const A* x, const A* base, const A* offset, int64
     const A difference = (x[i] - base[i]) - offset[i];
     square += difference * difference;
   }
-  for (const A part : lane) square += part;
-  return square;
+  for (int64_t left = kLanes / 2; left > 0; left /= 2) {
+    for (int64_t k = 0; k < left; ++k) lane[k] += lane[k + left];
+  }
+  return square + lane[0];
 }
 
-// out = scale * ((x - base) - offset), and sum += out
+// sum += scale * ((x - base) - offset)
 template <typename A>
-FASTREID_VI_CLONES void pull(const A* x, const A* base, const A* offset, A scale, int64_t width,
-                             A* out, A* sum) {
+FASTREID_VI_CLONES void add_pull(const A* x, const A* base, const A* offset, A scale, int64_t width,
+                                 A* sum) {
+  for (int64_t k = 0; k < width; ++k) sum[k] += scale * ((x[k] - base[k]) - offset[k]);
+}
+
+// out = scale * ((x - base) - offset) + shift
+template <typename A>
+FASTREID_VI_CLONES void pull(const A* x, const A* base, const A* offset, A scale, const A* shift,
+                             int64_t width, A* out) {
   for (int64_t k = 0; k < width; ++k) {
-    out[k] = scale * ((x[k] - base[k]) - offset[k]);
-    sum[k] += out[k];
+    out[k] = scale * ((x[k] - base[k]) - offset[k]) + shift[k];
   }
 }
 
+// out = (push - total) / rows
 template <typename A>
-FASTREID_VI_CLONES void add_scaled(const A* x, A scale, int64_t width, A* out) {
-  for (int64_t k = 0; k < width; ++k) out[k] += scale * x[k];
+FASTREID_VI_CLONES void share(const A* total, const A* push, A rows, int64_t width, A* out) {
+  for (int64_t k = 0; k < width; ++k) out[k] = ((push ? push[k] : A(0)) - total[k]) / rows;
 }
 
-// Columns [column, column + width) of all rows and of their centres.
-template <typename A>
+// Columns [column, column + width) of one identity.
 struct Block {
-  int64_t index, column, width;
+  int64_t identity, index, column, width;
 };
 
-// Calls body(block) for blocks of columns, in parallel.
+// Calls body(block) for blocks of columns of every identity, in parallel.
 template <typename A, typename F>
-void each_block(const Rows<A>& x, const F& body) {
+void each_block(const Rows<A>& x, const Identities& ids, const F& body) {
   const int64_t blocks = fastreid_vi::blocks_of(x.width, kColumns);
-  fastreid_vi::parallel(blocks, x.count * kColumns, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t column = index * kColumns;
-      body(Block<A>{index, column, std::min(kColumns, x.width - column)});
+  const int64_t cost = x.count * std::min(kColumns, x.width) / ids.count();
+  fastreid_vi::parallel(ids.count() * blocks, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t index = item % blocks, column = index * kColumns;
+      body(Block{item / blocks, index, column, std::min(kColumns, x.width - column)});
     }
   });
 }
@@ -123,25 +142,18 @@ struct Centres {
   Scratch<A> centre, offset;  // [P, D]
   int64_t width, count;
 
-  void fill(const Rows<A>& x, const Identities& ids, const Block<A>& block) const {
-    for (int64_t p = 0; p < ids.count(); ++p) {
-      A* sum = offset.get() + p * width + block.column;
-      std::fill(sum, sum + block.width, A(0));
+  // One block of one centre.
+  void fill(const Rows<A>& x, const Identities& ids, const Block& block) const {
+    const int64_t p = block.identity;
+    const int64_t at = p * width + block.column;
+    const A* base = x.row(ids.first_of(p)) + block.column;
+    A* sum = offset.get() + at;
+    std::fill(sum, sum + block.width, A(0));
+    for (const int64_t i : ids.of(p).subspan(1)) {
+      add_difference(x.row(i) + block.column, base, block.width, sum);
     }
-    for (int64_t i = 0; i < x.count; ++i) {
-      const int64_t p = ids.of(i), first = ids.first_of(p);
-      if (i == first) continue;
-      add_difference(x.row(i) + block.column, x.row(first) + block.column, block.width,
-                     offset.get() + p * width + block.column);
-    }
-    for (int64_t p = 0; p < ids.count(); ++p) {
-      const int64_t at = p * width + block.column;
-      finish_centre(x.row(ids.first_of(p)) + block.column, static_cast<A>(ids.size_of(p)),
-                    block.width, offset.get() + at, centre.get() + at);
-    }
+    finish_centre(base, static_cast<A>(ids.of(p).size()), block.width, sum, centre.get() + at);
   }
-
-  // Distances between all centres, [P, P] row by row or at once.
   Rows<A> rows(const Tensor& any) const { return {count, width, width, centre.get(), any, {}, {}}; }
 };
 
@@ -185,7 +197,9 @@ Loss center_cluster_loss(const Tensor& embeddings, const Tensor& labels, double 
   Tensor first = torch::stable::new_empty(own, {n}, ScalarType::Long);
   Tensor radius = torch::stable::new_empty(embeddings, {n}, kind);
   const Identities ids(own.const_data_ptr<int64_t>(), n);
-  for (int64_t i = 0; i < n; ++i) first.mutable_data_ptr<int64_t>()[i] = ids.first_of(ids.of(i));
+  for (int64_t i = 0; i < n; ++i) {
+    first.mutable_data_ptr<int64_t>()[i] = ids.first_of(ids.identity[static_cast<size_t>(i)]);
+  }
   fastreid_vi::for_floating(embeddings.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
     double sum = 0, apart = 0;
@@ -193,13 +207,14 @@ Loss center_cluster_loss(const Tensor& embeddings, const Tensor& labels, double 
       const Rows<A> x = fastreid_vi::rows_of<T>(embeddings, Metric::euclidean);
       const Centres<A> centres(ids.count(), x.width);
       const Scratch<A> squares(fastreid_vi::blocks_of(x.width, kColumns) * n);
-      each_block(x, [&](const Block<A>& block) {
+      each_block(x, ids, [&](const Block& block) {
         centres.fill(x, ids, block);
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t p = ids.of(i);
+        const int64_t p = block.identity;
+        const A* base = x.row(ids.first_of(p)) + block.column;
+        const A* offset = centres.offset.get() + p * x.width + block.column;
+        for (const int64_t i : ids.of(p)) {
           squares.get()[block.index * n + i] =
-              square_of(x.row(i) + block.column, x.row(ids.first_of(p)) + block.column,
-                        centres.offset.get() + p * x.width + block.column, block.width);
+              square_of(x.row(i) + block.column, base, offset, block.width);
         }
       });
       for (int64_t i = 0; i < n; ++i) {
@@ -246,6 +261,29 @@ bool push_gradient(const Rows<A>& centres, A margin, A grad, A* out) {
   return any;
 }
 
+// dx of one identity in one block of columns: scale_i (x_i - c), less its mean over the rows, and
+// the share of what pushes the centre, if anything does.
+template <typename A, typename T>
+void pull_rows(const Rows<A>& x, const Identities& ids, const Block& block,
+               const Centres<A>& centres, const A* scale, const A* push, T* out) {
+  const int64_t p = block.identity, at = p * x.width + block.column;
+  const A *base = x.row(ids.first_of(p)) + block.column, *offset = centres.offset.get() + at;
+  A total[kColumns] = {}, result[kColumns];
+  for (const int64_t i : ids.of(p)) {
+    add_pull(x.row(i) + block.column, base, offset, scale[i], block.width, total);
+  }
+  share(total, push ? push + at : nullptr, static_cast<A>(ids.of(p).size()), block.width, total);
+  for (const int64_t i : ids.of(p)) {
+    T* to = out + i * x.width + block.column;
+    if constexpr (std::is_same_v<T, A>) {
+      pull(x.row(i) + block.column, base, offset, scale[i], total, block.width, to);
+    } else {
+      pull(x.row(i) + block.column, base, offset, scale[i], total, block.width, result);
+      fastreid_vi::convert(result, block.width, to);
+    }
+  }
+}
+
 Tensor center_cluster_loss_backward(const Tensor& grad_pull, const Tensor& grad_push,
                                     const Tensor& embeddings, const Tensor& first,
                                     const Tensor& radius, double margin) {
@@ -258,34 +296,23 @@ Tensor center_cluster_loss_backward(const Tensor& grad_pull, const Tensor& grad_
     using A = accumulate_t<T>;
     const Rows<A> x = fastreid_vi::rows_of<T>(embeddings, Metric::euclidean);
     const Centres<A> centres(ids.count(), x.width);
-    const A* r = far.const_data_ptr<A>();
     const A share = *grad_pull.const_data_ptr<A>() / static_cast<A>(n);
+    std::vector<A> scale(far.const_data_ptr<A>(), far.const_data_ptr<A>() + n);
+    for (A& s : scale) s = s == 0 ? A(0) : share / s;
     T* out = dx.mutable_data_ptr<T>();
-    each_block(x, [&](const Block<A>& block) { centres.fill(x, ids, block); });
-    const Scratch<A> push(ids.count() * x.width);
-    const bool pushes = push_gradient(centres.rows(embeddings), static_cast<A>(margin),
-                                      *grad_push.const_data_ptr<A>(), push.get());
-    each_block(x, [&](const Block<A>& block) {
-      const Scratch<A> memory((n + ids.count()) * kColumns);
-      A *e = memory.get(), *total = e + n * kColumns;
-      std::fill(total, total + ids.count() * kColumns, A(0));
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t p = ids.of(i);
-        pull(x.row(i) + block.column, x.row(ids.first_of(p)) + block.column,
-             centres.offset.get() + p * x.width + block.column, r[i] == 0 ? A(0) : share / r[i],
-             block.width, e + i * kColumns, total + p * kColumns);
-      }
-      for (int64_t p = 0; pushes && p < ids.count(); ++p) {
-        add_scaled(push.get() + p * x.width + block.column, A(-1), block.width,
-                   total + p * kColumns);
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t p = ids.of(i);
-        add_scaled(total + p * kColumns, A(-1) / static_cast<A>(ids.size_of(p)), block.width,
-                   e + i * kColumns);
-        fastreid_vi::convert(e + i * kColumns, block.width, out + i * x.width + block.column);
-      }
+    // Centres that nothing pushes are the rule: dx is written while the rows are in the cache, and
+    // once more only where the margin acts.
+    each_block(x, ids, [&](const Block& block) {
+      centres.fill(x, ids, block);
+      pull_rows<A>(x, ids, block, centres, scale.data(), nullptr, out);
     });
+    const Scratch<A> push(ids.count() * x.width);
+    if (push_gradient(centres.rows(embeddings), static_cast<A>(margin),
+                      *grad_push.const_data_ptr<A>(), push.get())) {
+      each_block(x, ids, [&](const Block& block) {
+        pull_rows<A>(x, ids, block, centres, scale.data(), push.get(), out);
+      });
+    }
   });
   return dx;
 }
