@@ -24,6 +24,8 @@ from fastreid_vi.nvrtc import compiler
 ROOMS: Final = {
     "gem_pool": "pool",
     "gem_pool_backward": "pool",
+    "soft_rank": "softrank",
+    "soft_rank_backward": "softrank",
 }
 
 

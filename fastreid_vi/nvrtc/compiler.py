@@ -23,6 +23,7 @@ import torch
 DEVICE: Final = Path(__file__).with_name("device")
 _OPTIONS: Final = ("--std=c++20", "--fmad=true", "--device-as-default-execution-space")
 _INCLUDE: Final = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+_CONSTANT: Final = re.compile(r"\b(k[A-Z]\w*) = (\d+)[,;]")
 _CUDA_VERSION: Final = re.compile(r"^\s*#\s*define\s+CUDA_VERSION\s+(\d+)", re.MULTILINE)
 
 
@@ -80,6 +81,12 @@ def sources(header: str) -> dict[str, str]:
             found[name] = (DEVICE / name).read_text()
             waiting += _INCLUDE.findall(found[name])
     return found
+
+
+def constants(header: str) -> dict[str, int]:
+    """The plain numbers among a .cuh's constants: sizes of blocks and tiles."""
+    text = (DEVICE / header).read_text()
+    return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
 def compiled(header: str, expressions: Sequence[str], target: str) -> Compiled:

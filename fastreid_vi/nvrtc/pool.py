@@ -8,6 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
+from fastreid_vi.nvrtc import compiler
 from fastreid_vi.nvrtc.kernel import Kernel, floating
 from fastreid_vi.nvrtc.layout import (
     FLAGS,
@@ -22,7 +23,7 @@ from fastreid_vi.nvrtc.layout import (
     feature_map,
 )
 
-_THREADS: Final = 256
+_THREADS: Final = compiler.constants("pool.cuh")["kPoolThreads"]
 _INSTANCES: Final = tuple(product(FLOATING, FLAGS))
 _CHANNELS_LAST = Kernel("pool.cuh", "gem_pool_channels_last_kernel", _INSTANCES)
 _POSITIONS = Kernel("pool.cuh", "gem_pool_positions_kernel", _INSTANCES)

@@ -24,6 +24,7 @@ Scalar = (
 )
 Argument = Tensor | Scalar | ctypes.Structure | None
 Axes = tuple[int, int, int]
+_MAX_SHARED_BYTES: Final = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _FREE_SHARED_BYTES: Final = 48 * 1024  # more than the default needs the kernel's consent
 
 
@@ -40,6 +41,9 @@ class Runtime(Protocol):
         arguments: Sequence[Argument],
     ) -> None:
         """Start one kernel."""
+
+    def shared_memory_limit(self, tensor: Tensor) -> int:
+        """Bytes of shared memory, static and dynamic, that a block may have."""
 
 
 def packed(arguments: Sequence[Argument]) -> tuple[ctypes.Array[ctypes.c_void_p], list[Any]]:
@@ -101,6 +105,12 @@ class CupyRuntime:
             except driver.CUDADriverError as error:
                 raise RuntimeError(f"launch of {expression}: {error}") from error
         del values  # the launch has copied them
+
+    def shared_memory_limit(self, tensor: Tensor) -> int:
+        """Bytes of shared memory, static and dynamic, that a block may have on its device."""
+        from cupy.cuda import runtime as cuda
+
+        return int(cuda.deviceGetAttribute(_MAX_SHARED_BYTES, tensor.device.index))
 
     def _function(self, header: str, expression: str, index: int) -> int:
         from cupy.cuda import driver

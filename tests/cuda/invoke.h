@@ -28,8 +28,9 @@ void expect(const std::string& given, int index) {
   if constexpr (std::is_pointer_v<T>) {
     using Element = std::remove_cv_t<std::remove_pointer_t<T>>;
     wanted = "*" + kind<Element>();
-    // A null pointer fits any parameter, bytes any structure.
+    // A null pointer fits any parameter, bytes any structure, a signed integer its unsigned twin.
     agrees = given == wanted || given == "*" || (given == "*u1" && std::is_class_v<Element>);
+    if (wanted[1] == 'u') agrees |= given == "*i" + wanted.substr(2);
   } else {
     wanted = kind<std::remove_cv_t<T>>();
     agrees = given == wanted;

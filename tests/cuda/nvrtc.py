@@ -6,22 +6,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from fastreid_vi import _dispatch, nvrtc
+from fastreid_vi import nvrtc
 from fastreid_vi.nvrtc import runtime
 from fastreid_vi.nvrtc.kernel import Kernel
 from tests.cuda import emulator
 from tests.cuda.conftest import Emulated
-from tests.cuda.room import takes_cpu_tensors
 
+SHARED_LIMIT = 227 * 1024  # emulation_memory.h
 INVOKE = emulator.HERE / "invoke.h"
 _ELEMENTS = {
     torch.float32: "f4",
@@ -108,6 +107,9 @@ class EmulatedRuntime:
         if error is not None:
             raise RuntimeError(f"{expression}: {self.emulator.located(error.decode())}")
 
+    def shared_memory_limit(self, tensor: Tensor) -> int:
+        return SHARED_LIMIT
+
 
 def bits(result: Any) -> list[tuple[Any, ...]]:
     """What two rooms must agree on: dtype, layout and every bit."""
@@ -118,46 +120,29 @@ def bits(result: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-class NvrtcRoom:
-    """Mix in before a contract class: the op's launcher is held to the contract, and must do
-    exactly what the .cu does.
+class Alike(Emulated):
+    """The launchers as functions on CPU tensors, each held to what the host code of the .cu does:
+    the same launches, the same bits.
     """
 
-    emulated = True
+    def __init__(self, emulation: emulator.Emulator, launchers: EmulatedRuntime) -> None:
+        super().__init__(launchers.emulator)
+        self.rooms = Emulated(emulation)
 
-    @pytest.fixture(autouse=True)
-    def _cuda_room(
-        self,
-        emulation: emulator.Emulator,
-        launchers: EmulatedRuntime,
-        request: pytest.FixtureRequest,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> Iterator[None]:
-        for machine in (emulation, launchers.emulator):
-            machine.order("ascending")
-        for name, module in nvrtc.ROOMS.items():
-            launcher = getattr(importlib.import_module(f"fastreid_vi.nvrtc.{module}"), name)
-            room = _alike(name, launcher, launchers, Emulated(emulation))
-            monkeypatch.setitem(_dispatch.OPS[name]._found, "cuda", room)
-        monkeypatch.setattr(runtime, "present", launchers)
-        takes_cpu_tensors(type(self), monkeypatch)
-        before = launchers.emulator.launches
-        yield
-        case = request.node.callspec.params.get("case", ())
-        assert launchers.emulator.launches > before or 0 in case
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        room = getattr(self.rooms, name)
+        if name not in nvrtc.ROOMS:
+            return room
+        launcher = getattr(importlib.import_module(f"fastreid_vi.nvrtc.{nvrtc.ROOMS[name]}"), name)
 
+        def call(*arguments: Any) -> Any:
+            with self.rooms.emulation.recorded() as theirs, self.rooms.emulation.unwatched():
+                expected = room(*arguments)
+            with self.emulation.recorded() as ours:
+                result = launcher(*arguments)
+            assert ours == theirs, f"{name}: grid, block and shared memory of each launch"
+            for i, (got, want) in enumerate(zip(bits(result), bits(expected), strict=True)):
+                assert got == want, f"{name}: result {i}"
+            return result
 
-def _alike(name: str, launcher: Any, launchers: EmulatedRuntime, emulated: Emulated) -> Any:
-    """The launcher, held to the results and the launches of the .cu."""
-
-    def room(*arguments: Any) -> Any:
-        with emulated.emulation.recorded() as theirs, emulated.emulation.unwatched():
-            expected = getattr(emulated, name)(*arguments)
-        with launchers.emulator.recorded() as ours:
-            result = launcher(*arguments)
-        assert ours == theirs, f"{name}: grid, block and shared memory of each launch"
-        for i, (got, want) in enumerate(zip(bits(result), bits(expected), strict=True)):
-            assert got == want, f"{name}: result {i}"
-        return result
-
-    return room
+        return call
