@@ -30,4 +30,10 @@ BUDGETS = {
     "soft_rank_block_kernel": Budget(registers=64, shared=784, wide_stores=True),
     "soft_rank_backward_warp_kernel": Budget(registers=64, wide_stores=True),
     "soft_rank_backward_block_kernel": Budget(registers=64, shared=512, wide_stores=True),
+    # csrc/cuda/pairs.cuh, in every file of a pair loss
+    "pair_partials_kernel": Budget(registers=232, shared=33792),  # float 128, double 232
+    # csrc/cuda/triplet.cu
+    "batch_hard_rows_kernel": Budget(registers=64, shared=768),
+    "batch_hard_coefficients_kernel": Budget(registers=48, shared=256),
+    "batch_hard_gather_kernel": Budget(registers=48, shared=528, wide_stores=True),
 }
