@@ -85,7 +85,8 @@ def build(folder: Path, variant: str, sources: Iterable[Path] | None = None) -> 
         link += VARIANTS[variant]
     else:  # the detector must not watch itself
         portable = [flag for flag in VARIANTS[variant] if flag.startswith("-D")]
-        jobs += [(source, [*flags, *portable, "-O2"]) for source in [*plain, HERE / "races.cpp"]]
+        plain += [HERE / "races.cpp"] if VARIANTS[variant] else []
+        jobs += [(source, [*flags, *portable, "-O2"]) for source in plain]
     made = [
         (
             folder / f"{source.stem}-{toolkit.key(source, flags, compiler_version())}.o",
