@@ -254,7 +254,7 @@ bool push_gradient(const Rows<A>& centres, A margin, A grad, A* out) {
     if (!any && active) std::fill(out, out + first * centres.width, A(0));
     any |= active;
     if (any) {
-      fastreid_vi::differences(centres, first, rows, centres, gaps, centres.count,
+      fastreid_vi::differences(centres, first, rows, centres, gaps, nullptr,
                                out + first * centres.width, centres.width);
     }
   });

@@ -42,7 +42,7 @@ Tensor pairwise_distance(const Tensor& x, const std::optional<Tensor>& y, const 
   return distance;
 }
 
-// Coefficients c_ij of (x_i - y_j) in the gradient of x_i.
+// Coefficients c_ij of (x_i - y_j) in the gradient of x_i, and the distances.
 template <typename A>
 struct Coefficients {
   const A* grad;
@@ -52,11 +52,12 @@ struct Coefficients {
   Metric metric;
   A clamped = std::sqrt(static_cast<A>(fastreid_vi::kSquareFloor));
 
+  A apart(int64_t i, int64_t j) const { return distance[i * pitch + j]; }
   A at(int64_t i, int64_t j) const {
     const A g = grad[i * down + j * across];
     if (metric == Metric::cosine) return g;
     if (metric == Metric::sqeuclidean) return 2 * g;
-    const A d = distance[i * pitch + j];
+    const A d = apart(i, j);
     return d > clamped ? g / d : A(0);
   }
 };
@@ -65,10 +66,10 @@ struct Coefficients {
 enum class Side { rows, columns, both };
 
 // out[(i - first) * count + j] = c_ij, c_ji or c_ij + c_ji; square blocks keep both orders in
-// cache.
+// cache. For the cosine also cosines_ij = u_i . v_j.
 template <typename A>
-void gather(const Coefficients<A>& c, Side side, int64_t first, int64_t rows, int64_t count,
-            A* out) {
+void gather(const Coefficients<A>& c, Side side, int64_t first, int64_t rows, int64_t count, A* out,
+            A* cosines) {
   const int64_t blocks = fastreid_vi::blocks_of(count, kSquare);
   fastreid_vi::parallel(blocks, rows * kSquare, [&](int64_t begin, int64_t end) {
     for (int64_t i0 = 0; i0 < rows; i0 += kSquare) {
@@ -78,6 +79,10 @@ void gather(const Coefficients<A>& c, Side side, int64_t first, int64_t rows, in
             A value = side == Side::columns ? A(0) : c.at(first + i, j);
             if (side != Side::rows) value += c.at(j, first + i);
             out[i * count + j] = value;
+            if (cosines) {
+              cosines[i * count + j] =
+                  1 - (side == Side::columns ? c.apart(j, first + i) : c.apart(first + i, j));
+            }
           }
         }
       }
@@ -94,14 +99,18 @@ Tensor gradient(const Tensor& like, const Rows<accumulate_t<T>>& x, const Rows<a
     torch::stable::zero_(gradient.tensor);
     return gradient.tensor;
   }
+  // For the cosine the gradient of a direction is -sum g v; what lies along the row itself is of no
+  // effect, and taken out term by term: v - cos u keeps its digits where v is close to u.
+  const bool cosine = c.metric == Metric::cosine;
   const int64_t strip = fastreid_vi::strip_of(x.count, y.count);
-  const Scratch<A> coefficients(strip * y.count);
+  const Scratch<A> memory((cosine ? 2 : 1) * strip * y.count);
+  A* cosines = cosine ? memory.get() + strip * y.count : nullptr;
   for (int64_t first = 0; first < x.count; first += strip) {
     const int64_t rows = std::min(strip, x.count - first);
-    gather(c, side, first, rows, y.count, coefficients.get());
+    gather(c, side, first, rows, y.count, memory.get(), cosines);
     gradient.sum([&](auto* out) {
-      fastreid_vi::differences(x, first, rows, y, coefficients.get(), y.count,
-                               out + first * x.width, x.width);
+      fastreid_vi::differences(x, first, rows, y, memory.get(), cosines, out + first * x.width,
+                               x.width);
     });
   }
   gradient.finish(x);

@@ -244,7 +244,7 @@ inline int64_t strip_of(int64_t rows, int64_t others) {
 // the dtype of `out`, which starts at row `first`.
 template <typename A, typename T>
 void differences(const Rows<A>& x, int64_t first, int64_t rows, const Rows<A>& y, const A* c,
-                 int64_t pitch, T* out, int64_t out_stride) {
+                 std::type_identity_t<const A*> s, T* out, int64_t out_stride) {
   const int64_t panels = blocks_of(x.width, kPanel), padded = blocks_of(rows, 8) * 8;
   with_pair_tiles<A>([&]<typename Tiles>() {
     parallel(panels, rows * y.count * kPanel, [&](int64_t begin, int64_t end) {
@@ -264,7 +264,7 @@ void differences(const Rows<A>& x, int64_t first, int64_t rows, const Rows<A>& y
         for (int64_t j = 0; j < y.count; j += kRowRun) {
           const int64_t n = std::min(kRowRun, y.count - j);
           pack(y, j, n, i, against);
-          Tiles::differences(c + j, pitch, from, rows, against, n, total);
+          Tiles::differences(c + j, s ? s + j : nullptr, y.count, from, rows, against, n, total);
         }
         for (int64_t k = 0; k < rows; ++k) {
           convert(total + k * kPanel, width, out + k * out_stride + i);
