@@ -36,4 +36,7 @@ BUDGETS = {
     "batch_hard_rows_kernel": Budget(registers=64, shared=768),
     "batch_hard_coefficients_kernel": Budget(registers=48, shared=256),
     "batch_hard_gather_kernel": Budget(registers=48, shared=528, wide_stores=True),
+    # csrc/cuda/weighted.cu
+    "weighted_rows_kernel": Budget(registers=64, shared=768, wide_loads=False),
+    "weighted_backward_kernel": Budget(registers=128, shared=2048, wide_stores=True),
 }
