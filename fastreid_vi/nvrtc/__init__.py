@@ -24,6 +24,8 @@ from fastreid_vi.nvrtc import compiler
 ROOMS: Final = {
     "gem_pool": "pool",
     "gem_pool_backward": "pool",
+    "batch_hard_triplet_loss": "triplet",
+    "batch_hard_triplet_loss_backward": "triplet",
     "soft_rank": "softrank",
     "soft_rank_backward": "softrank",
 }

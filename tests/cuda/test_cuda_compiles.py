@@ -39,7 +39,9 @@ def kernels(build_folder: Path) -> dict[tuple[str, str], list[toolkit.Usage]]:
         return {(s.stem, a): usage for (s, a), usage in zip(jobs, results, strict=True)}
 
 
-def assert_within_budget(kernel: toolkit.Usage, architecture: str) -> None:
+def assert_within_budget(
+    kernel: toolkit.Usage, architecture: str, *, registers: bool = True
+) -> None:
     """Whether the compiler kept to the kernel's line in budgets.py."""
     name = kernel.name.split("<")[0]
     assert name in BUDGETS, f"{name} has no line in tests/cuda/budgets.py"
@@ -47,7 +49,8 @@ def assert_within_budget(kernel: toolkit.Usage, architecture: str) -> None:
     about = f"{kernel.name} for {architecture}"
     assert kernel.spills == 0, f"{about}: {kernel.spills} accesses to local memory"
     assert kernel.stack == 0, f"{about}: {kernel.stack} bytes of stack"
-    assert kernel.registers <= budget.registers, f"{about}: {kernel.registers} registers"
+    if registers:
+        assert kernel.registers <= budget.registers, f"{about}: {kernel.registers} registers"
     shared = kernel.shared - (SYSTEM_SHARED[architecture] if kernel.shared else 0)
     assert shared <= budget.shared, f"{about}: {shared} bytes of shared memory"
     if budget.wide_loads:
