@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +27,12 @@ def root(square):
 
 @triton.jit
 def added(parts_ptr, at, inside, parts, plane, ACC: tl.constexpr):
-    """Sum of the parts of some pairs, in the order of their columns."""
+    """Sum of the parts at some places, in their order; four loads are under way at a time."""
     total = tl.load(parts_ptr + at, mask=inside, other=0.0).to(ACC)
-    for part in range(1, parts):
-        place = parts_ptr + tl.cast(part, tl.int64) * plane + at
-        total += tl.load(place, mask=inside, other=0.0).to(ACC)
+    for begin in range(1, parts, 4):
+        for part in tl.static_range(4):
+            place = parts_ptr + tl.cast(begin + part, tl.int64) * plane + at
+            total += tl.load(place, mask=inside & (begin + part < parts), other=0.0).to(ACC)
     return total
 
 
@@ -77,15 +77,16 @@ def total_terms(
 
 @triton.jit
 def _pair_parts_kernel(
-    x_ptr, y_ptr, parts_ptr, norms_ptr, ticket_ptr,
-    rows, columns, size, each, stride_x, stride_y, tiles,
-    SYMMETRIC: tl.constexpr, COSINE: tl.constexpr, CLEAR: tl.constexpr,
+    x_ptr, y_ptr, parts_ptr, norms_ptr, ticket_ptr, limit_ptr,
+    rows, columns, size, each, stride_x, stride_y, tiles, begin,
+    SYMMETRIC: tl.constexpr, COSINE: tl.constexpr, CLEAR: tl.constexpr, LIMITED: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """parts[k, i, j] = sum of (x_i - y_j)^2 over the `each` components of part k.
 
     COSINE: of x_i y_j, and norms[k, j] = |y_j|^2. A program owns a tile of pairs and a part. Where
-    y is x, tiles below the diagonal are the mirrored ones above.
+    y is x, tiles below the diagonal are the mirrored ones above. LIMITED: only *limit_ptr rows of
+    y exist, of which x are those from `begin` on.
     """
     part = tl.program_id(1).to(tl.int64)
     if CLEAR and tl.program_id(0) + tl.program_id(1) == 0:
@@ -93,6 +94,10 @@ def _pair_parts_kernel(
     ti, tj = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if SYMMETRIC and ti > tj:
         return
+    if LIMITED:
+        limit = tl.load(limit_ptr)
+        if (begin + ti * TILE >= limit) | (tj * TILE >= limit):
+            return
     i, j = ti * TILE + tl.arange(0, TILE), tj * TILE + tl.arange(0, TILE)
     lane = tl.arange(0, DEPTH)
     # Rows beyond the end repeat the last one: only the store needs a mask.
@@ -100,8 +105,8 @@ def _pair_parts_kernel(
     y_row = y_ptr + tl.minimum(j, columns - 1).to(tl.int64)[:, None] * stride_y
     total = tl.zeros([TILE, TILE, DEPTH], dtype=ACC)
     y_norm = tl.zeros([TILE, DEPTH], dtype=ACC)
-    begin = tl.program_id(1) * each
-    for first in range(begin, tl.minimum(begin + each, size), DEPTH):
+    start = tl.program_id(1) * each
+    for first in range(start, tl.minimum(start + each, size), DEPTH):
         k = (first + lane)[None, :]
         x = tl.load(x_row + k, mask=k < size, other=0.0).to(ACC)
         y = tl.load(y_row + k, mask=k < size, other=0.0).to(ACC)
@@ -116,12 +121,10 @@ def _pair_parts_kernel(
     inside = (i[:, None] < rows) & (j[None, :] < columns)
     row, column = i[:, None].to(tl.int64), j[None, :].to(tl.int64)
     tl.store(out + row * columns + column, tile, mask=inside)
-    if SYMMETRIC:
-        if ti < tj:
-            tl.store(out + column * columns + row, tile, mask=inside)
-    if COSINE:
-        if ti == (tj if SYMMETRIC else 0):
-            tl.store(norms_ptr + part * columns + j, tl.sum(y_norm, axis=1), mask=j < columns)
+    if SYMMETRIC and ti < tj:
+        tl.store(out + column * columns + row, tile, mask=inside)
+    if COSINE and ti == (tj if SYMMETRIC else 0):
+        tl.store(norms_ptr + part * columns + j, tl.sum(y_norm, axis=1), mask=j < columns)
 
 
 class Pairs(NamedTuple):
@@ -144,8 +147,18 @@ def split(size: int, tiles: int) -> tuple[int, int]:
     return each, triton.cdiv(size, each)
 
 
-def pair_parts(x: Tensor, y: Tensor, metric: str, ticket: Tensor | None = None) -> Pairs:
-    """Launch over dense rows; clears the ticket for the launch that follows."""
+def pair_parts(
+    x: Tensor,
+    y: Tensor,
+    metric: str,
+    ticket: Tensor | None = None,
+    limit: Tensor | None = None,
+    begin: int = 0,
+) -> Pairs:
+    """Launch over dense rows; clears the ticket for the launch that follows.
+
+    With a limit only so many rows of y exist, and x must be those from `begin` on.
+    """
     rows, columns, size = x.shape[0], y.shape[0], x.shape[1]
     symmetric, cosine = x is y, metric == "cosine"
     tile, depth = TILES[x.element_size()]
@@ -156,9 +169,9 @@ def pair_parts(x: Tensor, y: Tensor, metric: str, ticket: Tensor | None = None) 
     parts = x.new_empty(count, rows, columns, dtype=kind)
     norms = x.new_empty(count, columns, dtype=kind) if cosine else parts
     _pair_parts_kernel[(down * across, count)](
-        x, y, parts, norms, parts if ticket is None else ticket,
-        rows, columns, size, each, x.stride(0), y.stride(0), across,
-        SYMMETRIC=symmetric, COSINE=cosine, CLEAR=ticket is not None,
+        x, y, parts, norms, parts if ticket is None else ticket, parts if limit is None else limit,
+        rows, columns, size, each, x.stride(0), y.stride(0), across, begin,
+        SYMMETRIC=symmetric, COSINE=cosine, CLEAR=ticket is not None, LIMITED=limit is not None,
         TILE=tile, DEPTH=depth, ACC=accumulator_kind(x.dtype), **OPTIONS,
     )  # fmt: skip
     return Pairs(parts, norms, count)

@@ -204,16 +204,17 @@ def weighted_triplet_loss_backward(
     dx = x.new_empty(anchors, size)
     saved = (t.contiguous() for t in (positive, negative, slope, stats))
     positive, negative, slope, stats = saved
+    wide = x.element_size() == 8
+    chunk = block(size, 128 if wide else 256)
     for begin in range(0, anchors, SMALL):
         strip = x if anchors <= SMALL else x[begin : begin + SMALL]
         pairs = pair_parts(strip, x, "euclidean")
-        chunk = block(size, 256 if x.element_size() < 8 else 128)
         grid = (triton.cdiv(strip.shape[0], ROWS), triton.cdiv(size, chunk))
         _weighted_gradient_kernel[grid](
             grad, x, pairs.parts, labels, positive, negative, slope, stats, dx,
             begin, strip.shape[0], anchors, size, pairs.count, x.stride(0),
-            STABLE=stable, ROWS=ROWS, BLOCK=16 if x.element_size() < 8 else 8, CHUNK=chunk, ACC=accumulator_kind(x.dtype),
-            **OPTIONS,
+            STABLE=stable, ROWS=ROWS, BLOCK=8 if wide else 16, CHUNK=chunk,
+            ACC=accumulator_kind(x.dtype), **OPTIONS,
         )  # fmt: skip
     return dx
 
