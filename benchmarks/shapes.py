@@ -18,9 +18,12 @@ class Map(NamedTuple):
     width: int
 
 
-# LbA layer 4, MPANet layers 3 and 4, MCJA stage 4: batch as published on a GPU, 16 or 32 on a CPU.
+# LbA layers 3 and 4, MPANet layers 3 and 4, MCJA stage 4: batch as published on a GPU, 8 to 32 on
+# a CPU.
 FEATURE_MAPS = {
     "lba_288x144_layer4": Map(64 if GPU else 32, 2048, 18, 9),
+    "lba_alignment_layer3": Map(64 if GPU else 8, 1024, 18, 9),
+    "lba_alignment_layer4": Map(64 if GPU else 8, 2048, 18, 9),
     "mpanet_384x128_layer3": Map(128 if GPU else 16, 1024, 24, 8),
     "mpanet_384x128_layer4": Map(128 if GPU else 16, 2048, 24, 8),
     "mcja_384x192_stage4": Map(128 if GPU else 16, 2048, 24, 12),

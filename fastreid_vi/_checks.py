@@ -58,6 +58,25 @@ def same_kind(name: str, tensor: Tensor, features: Tensor) -> None:
         raise ValueError(f"{name}: expected device {features.device}, got {tensor.device}")
 
 
+def parameter(name: str, tensor: Tensor, shape: tuple[int, ...], features: Tensor) -> None:
+    """A parameter of exactly this shape: dtype of `features` or, beside half precision, float32."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(tensor).__name__}")
+    wide = tensor.dtype == torch.float32 and features.dtype in (torch.bfloat16, torch.float16)
+    if wide and tuple(tensor.shape) == shape and tensor.device == features.device:
+        return
+    shaped_like(name, tensor, shape, features)
+
+
+def buffer(name: str, tensor: Tensor, channels: int, features: Tensor) -> None:
+    """Running statistics [C] of any floating dtype, on the device of `features`."""
+    floating(name, tensor, "C")
+    if tuple(tensor.shape) != (channels,):
+        raise ValueError(f"{name}: expected shape [{channels}], got {described(tensor)}")
+    if tensor.device != features.device:
+        raise ValueError(f"{name}: expected device {features.device}, got {tensor.device}")
+
+
 def labels_of(name: str, labels: Tensor, rows: int, device: torch.device) -> None:
     """An int64 vector with one entry per row."""
     if not isinstance(labels, Tensor):
@@ -68,6 +87,16 @@ def labels_of(name: str, labels: Tensor, rows: int, device: torch.device) -> Non
         raise ValueError(f"{name}: expected int64 of shape [{rows}], got {described(labels)}")
     if labels.device != device:
         raise ValueError(f"{name}: expected device {device}, got {labels.device}")
+
+
+def within(name: str, index: Tensor, count: int) -> None:
+    """Entries of an index in [0, count); looks at the values."""
+    bad = (index < 0) | (index >= count)
+    if bool(bad.any()):
+        at = int(bad.to(torch.uint8).argmax())
+        raise ValueError(
+            f"{name}: expected entries in [0, {count}), got {int(index[at])} at position {at}"
+        )
 
 
 class NonFiniteError(ValueError):
@@ -114,6 +143,12 @@ def above(name: str, value: float, low: float) -> None:
     """A number greater than `low` (NaN is refused)."""
     if not value > low:
         raise ValueError(f"{name}: expected > {low:g}, got {value}")
+
+
+def number(name: str, value: float) -> None:
+    """Any number but NaN."""
+    if value != value:
+        raise ValueError(f"{name}: expected a number, got nan")
 
 
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]

@@ -93,6 +93,7 @@ class OpContract:
     dtypes: Sequence[torch.dtype] = DTYPES
     layouts: Sequence[str] = ("contiguous",)
     refused: Sequence[tuple[str, torch.dtype]] = ()  # rooms that say no to a dtype
+    detached: Sequence[int] = ()  # floating outputs that carry no gradient
 
     def inputs(self, case: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         """Seeded CPU arguments for `call`; floating tensors get gradients."""
@@ -122,13 +123,20 @@ class OpContract:
             ready.append(value)
         return ready
 
+    def smooth(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs that carry a gradient."""
+        for i in self.detached:
+            assert not outputs[i].requires_grad, f"output {i} is not detached"
+        return [
+            o for i, o in enumerate(outputs) if o.is_floating_point() and i not in self.detached
+        ]
+
     def cotangents(self, outputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         generator = torch.Generator().manual_seed(7)
         grads = []
         for out in outputs:
-            if out.is_floating_point():
-                g = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-                grads.append(g.to(dtype).to(out.dtype).to(out.device))
+            g = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+            grads.append(g.to(dtype).to(out.dtype).to(out.device))
         return grads
 
     def run(
@@ -138,9 +146,9 @@ class OpContract:
         with fastreid_vi.backend(room):
             outputs = as_tuple(self.call(*args))
         floats = [a for a in args if is_float(a)]
-        smooth = [o for o in outputs if o.is_floating_point()]
+        smooth = self.smooth(outputs)
         with fastreid_vi.backend(backward_room or room):
-            grads = torch.autograd.grad(smooth, floats, self.cotangents(outputs, dtype))
+            grads = torch.autograd.grad(smooth, floats, self.cotangents(smooth, dtype))
         return [o.detach() for o in outputs], list(grads)
 
     def judge(self, got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
@@ -202,13 +210,9 @@ class OpContract:
         for room in ("reference", "cpu"):
             if room in ("reference", *OPS[self.op].backends):
                 args = self.prepared(case, torch.float64, "contiguous", "cpu")
-                smooth = [
-                    i for i, o in enumerate(as_tuple(self.call(*args))) if o.is_floating_point()
-                ]
 
-                def outputs(*a: Any, keep: list[int] = smooth) -> tuple[Tensor, ...]:
-                    results = as_tuple(self.call(*a))
-                    return tuple(results[i] for i in keep)
+                def outputs(*a: Any) -> tuple[Tensor, ...]:
+                    return tuple(self.smooth(as_tuple(self.call(*a))))
 
                 with fastreid_vi.backend(room):
                     large = sum(a.numel() for a in args if is_float(a)) > 300
@@ -230,8 +234,8 @@ class OpContract:
         outputs = as_tuple(compiled(*args))
         expected, expected_grads = self.run(args, "reference", torch.float32)
         floats = [a for a in args if is_float(a)]
-        smooth = [o for o in outputs if o.is_floating_point()]
-        grads = torch.autograd.grad(smooth, floats, self.cotangents(outputs, torch.float32))
+        smooth = self.smooth(outputs)
+        grads = torch.autograd.grad(smooth, floats, self.cotangents(smooth, torch.float32))
         for got, want in zip([*outputs, *grads], [*expected, *expected_grads], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -271,7 +275,7 @@ class OpContract:
 
     def test_no_double_backward(self) -> None:
         args = self.prepared(self.cases[0], torch.float64, "contiguous", "cpu")
-        out = next(o for o in as_tuple(self.call(*args)) if o.is_floating_point())
+        out = self.smooth(as_tuple(self.call(*args)))[0]
         floats = [a for a in args if is_float(a)]
         grads = torch.autograd.grad(out.square().sum(), floats, create_graph=True)
         with pytest.raises(RuntimeError, match="first-order gradients only"):

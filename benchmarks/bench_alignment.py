@@ -1,0 +1,143 @@
+"""LbA's alignment block against the published formulation: time, memory, error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastreid_vi
+from benchmarks.bench_correspondence import mask_eager, matched, min_max, person_map, warp_eager
+from benchmarks.bench_dense_triplet import triplet_eager
+from benchmarks.conftest import DEVICE, GPU, MODES, Workload, peers, relative_error, rooms_of
+from fastreid_vi import ops
+
+
+def partners(batch: int) -> tuple[Tensor, Tensor]:
+    """A bijection, and partners of which several samples may share one."""
+    generator = torch.Generator().manual_seed(5)
+    positive = torch.randperm(batch, generator=generator)
+    return positive.to(DEVICE), torch.randint(batch, (batch,), generator=generator).to(DEVICE)
+
+
+def align_eager(x: Tensor, index: Tensor) -> Tensor:
+    mask = mask_eager(x)
+    return mask * warp_eager(x, x[index]) + (1.0 - mask) * x
+
+
+def dense_eager(x: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """The published block: gathered partners, both reconstructions, the loss that broadcasts."""
+    mask = mask_eager(x)
+    maps = []
+    for index in (positive, negative):
+        partner = x[index]
+        p = matched(x, partner)
+        warped = torch.bmm(p, partner.flatten(2).transpose(1, 2))
+        maps.append(mask * warped.transpose(1, 2).reshape(x.shape) + (1.0 - mask) * x)
+        if index is positive:
+            with torch.no_grad():
+                seen = torch.bmm(p, mask[index].flatten(2).transpose(1, 2))
+                comask = min_max(mask * seen.transpose(1, 2).reshape(mask.shape))
+    return maps[0], triplet_eager(x, maps[0], maps[1], comask)
+
+
+def dense(x: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    result = ops.dense_alignment(x, positive, negative, weighting="batch")
+    return result.aligned, result.loss
+
+
+def align(x: Tensor, index: Tensor) -> Tensor:
+    return ops.align_features(x, index, mask=ops.feature_mask(x)).aligned
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["lba_alignment_layer3", "lba_alignment_layer4"])
+@pytest.mark.parametrize("peer", peers("dense_alignment", "eager", "compiled"))
+def bench_dense_alignment(run: Any, peer: str, shape: str, mode: str) -> None:
+    x = person_map(shape)
+    others = {"eager": dense_eager, "tidy": dense_eager}
+    args = (x, *partners(len(x)))
+    run(Workload("dense_alignment", dense, others, args, 3e-5, 8 * x.numel()), peer, mode, shape)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["lba_alignment_layer4"])
+@pytest.mark.parametrize("peer", peers("align_features", "eager", "compiled"))
+def bench_align_features(run: Any, peer: str, shape: str, mode: str) -> None:
+    x = person_map(shape)
+    others = {"eager": align_eager, "tidy": align_eager}
+    args = (x, partners(len(x))[0])
+    run(Workload("align_features", align, others, args, 3e-5, 8 * x.numel()), peer, mode, shape)
+
+
+def gradients(function: Callable[..., Any], x: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    aligned, loss = function(x, *pairs)
+    cotangent = torch.ones((), dtype=aligned.dtype, device=x.device).expand_as(aligned)
+    gradient: Tensor = torch.autograd.grad((aligned, loss), x, (cotangent, torch.ones_like(loss)))[
+        0
+    ]
+    return gradient
+
+
+def peak(step: Callable[[], Any]) -> int:
+    """Most bytes that tensors made by `step` hold at once."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    assert profile.profiler is not None
+    records = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(changes):
+        held += change
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("room", rooms_of("dense_alignment"))
+def bench_dense_alignment_memory(benchmark: Any, room: str) -> None:
+    """Forward and backward at 64 x 2048 x 18 x 9, beyond the two maps that are the results."""
+    shape = "lba_alignment_layer4"
+    x = person_map(shape, batch=64)
+    pairs = partners(64)
+    results = 2 * x.numel() * x.element_size()  # aligned, and the gradient
+    published = peak(lambda: gradients(dense_eager, x, pairs)) - results
+    with fastreid_vi.backend(room):
+        ours = peak(lambda: gradients(dense, x, pairs)) - results
+        benchmark.group = "dense_alignment memory 64x2048x18x9"
+        benchmark.pedantic(gradients, (dense, x, pairs), rounds=1)
+    benchmark.extra_info.update(
+        op="dense_alignment", peer=room, mode="memory", shape="64x2048x18x9",
+        extra_memory=ours, extra_memory_published=published, share=ours / published,
+    )  # fmt: skip
+    if room != "reference":
+        assert ours <= 0.1 * published, (ours, published)
+
+
+@pytest.mark.parametrize("peer", [*rooms_of("dense_alignment"), "eager"])
+def bench_dense_alignment_bfloat16(benchmark: Any, peer: str) -> None:
+    """Time, and beside it the error of the gradient against float64 on the same rounded input."""
+    shape = "lba_alignment_layer4"
+    x = person_map(shape).detach().bfloat16().requires_grad_()
+    pairs = partners(len(x))
+    function = dense_eager if peer == "eager" else dense
+    with fastreid_vi.backend("reference"):
+        exact = gradients(dense, x.detach().double().requires_grad_(), pairs)
+    with fastreid_vi.backend("reference" if peer == "eager" else peer):
+        error = relative_error(gradients(function, x, pairs), exact)
+        benchmark.group = f"dense_alignment bfloat16 training {shape}"
+        benchmark.pedantic(gradients, (function, x, pairs), rounds=7, warmup_rounds=2)
+    benchmark.extra_info.update(
+        op="dense_alignment", peer=peer, mode="bfloat16", shape=shape, gradient_error=error
+    )
+    assert peer == "eager" or error <= 1e-2
