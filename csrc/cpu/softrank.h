@@ -214,10 +214,10 @@ class SoftRanker {
       const double shift =
           count == 1 ? static_cast<double>(n_ - start) : first - sum_[b + 1] / count;
       block_[b] = {first, shift, static_cast<int32_t>(start)};
-      begins_[start] = 1;
+      begins_[start] = b > 0;
       start += static_cast<int64_t>(count);
     }
-    const Block* block = block_.data() - 1;
+    const Block* block = block_.data();
     for (int64_t k = 0; k < n_; ++k) {
       block += begins_[k];  // no branch: where blocks end cannot be foreseen
       const uint32_t entry = items_[k].entry;
@@ -248,7 +248,7 @@ class SoftRanker {
   std::vector<Keyed<A>> items_, other_;
   std::vector<double> theta_, sum_, count_;  // of the stack of blocks; counts are whole numbers
   std::vector<Block> block_;
-  std::vector<uint8_t> begins_;  // whether a block begins at this place of the sorted order
+  std::vector<uint8_t> begins_;  // whether the next block begins at this place of the order
 };
 
 // out = scale (g - mean of g over the entries with the same block): the soft rank's Jacobian.
