@@ -26,6 +26,8 @@ ROOMS: Final = {
     "gem_pool_backward": "pool",
     "batch_hard_triplet_loss": "triplet",
     "batch_hard_triplet_loss_backward": "triplet",
+    "weighted_triplet_loss": "weighted",
+    "weighted_triplet_loss_backward": "weighted",
     "soft_rank": "softrank",
     "soft_rank_backward": "softrank",
 }

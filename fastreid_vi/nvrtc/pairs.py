@@ -105,7 +105,7 @@ def launch_pairs(
     y: Rows,
     wide: bool,
     partial: Tensor,
-    norms: Tensor,
+    norms: Tensor | None,
     *,
     dot: bool,
     counters: Tensor | None = None,

@@ -121,7 +121,7 @@ def _gradients(
     wide = ctypes.c_bool(x.fits_vectors and r.fits_vectors)
     chunk = _GRADIENT_THREADS * VECTOR_BYTES // x.tensor.element_size()
     instance = (c_type(x.tensor),)
-    sides = weight.new_empty(2 * n * 3 * weight.element_size(), dtype=torch.uint8)
+    sides = weight.new_empty(2 * n * 3)
     _COEFFICIENTS.launch(
         instance,
         blocks(2 * n),

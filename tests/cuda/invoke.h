@@ -28,9 +28,11 @@ void expect(const std::string& given, int index) {
   if constexpr (std::is_pointer_v<T>) {
     using Element = std::remove_cv_t<std::remove_pointer_t<T>>;
     wanted = "*" + kind<Element>();
-    // A null pointer fits any parameter, bytes any structure, a signed integer its unsigned twin.
-    agrees = given == wanted || given == "*" || (given == "*u1" && std::is_class_v<Element>);
+    // A null pointer fits any parameter, a signed integer its unsigned twin, and a structure its
+    // members.
+    agrees = given == wanted || given == "*";
     if (wanted[1] == 'u') agrees |= given == "*i" + wanted.substr(2);
+    if (wanted[1] == 's') agrees |= given.substr(2) == std::to_string(alignof(Element));
   } else {
     wanted = kind<std::remove_cv_t<T>>();
     agrees = given == wanted;
