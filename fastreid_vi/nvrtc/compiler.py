@@ -23,7 +23,7 @@ import torch
 DEVICE: Final = Path(__file__).with_name("device")
 _OPTIONS: Final = ("--std=c++20", "--fmad=true", "--device-as-default-execution-space")
 _INCLUDE: Final = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-_CONSTANT: Final = re.compile(r"\b(k[A-Z]\w*) = (\d+)[,;]")
+_CONSTANT: Final = re.compile(r"\b(k[A-Z]\w*)\s*=\s*(\d+)[,;]")
 _CUDA_VERSION: Final = re.compile(r"^\s*#\s*define\s+CUDA_VERSION\s+(\d+)", re.MULTILINE)
 
 

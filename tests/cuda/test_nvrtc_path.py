@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fastreid_vi
-from fastreid_vi import _dispatch, nvrtc, ops
+from fastreid_vi import _dispatch, _doctor, nvrtc, ops
 from fastreid_vi.nvrtc import compiler, pool
 from fastreid_vi.nvrtc.kernel import Kernel
 from tests.cuda import toolkit
@@ -41,9 +41,9 @@ def test_every_cuda_room_has_a_launcher():
 
 
 def test_every_kernel_has_a_launcher():
-    """What the .cu launches, by name; template arguments are compared when it runs."""
+    """What host code launches, by name; template arguments are compared when it runs."""
     launched = set()
-    for source in toolkit.CUDA_SOURCES.glob("*.cu"):
+    for source in (*toolkit.CUDA_SOURCES.glob("*.cu"), *toolkit.CUDA_SOURCES.glob("*.h")):
         launched |= set(re.findall(r"\b(\w+_kernel)\b", source.read_text()))
     kernels()
     assert {kernel.name for kernel in Kernel.all} == launched
@@ -142,6 +142,14 @@ class TestReasons:
 
 def fail(message: str) -> Any:
     raise RuntimeError(message)
+
+    def test_the_doctor_names_the_live_path(self, hidden, monkeypatch):
+        hidden(cupy=CUPY)
+        monkeypatch.setitem(_dispatch.OPS, "gem_pool", lacking_cuda(monkeypatch))
+        found = _doctor.inspect() | {"live": {"gem_pool": {"cpu": "cpu", "cuda": "cuda"}}}
+        row, note = _doctor._op_table(found)
+        assert re.search(r"gem_pool .* built \[(\d)\], cuda uses it", row)
+        assert re.fullmatch(r"\[\d\] NVRTC through CuPy 14\.2", note)
 
 
 def lacking_cuda(monkeypatch: pytest.MonkeyPatch) -> _dispatch.Op:
