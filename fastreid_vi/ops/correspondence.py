@@ -130,7 +130,7 @@ def correspondence_warp(
 
     >>> import torch
     >>> x = torch.eye(4).reshape(1, 4, 2, 2)
-    >>> torch.equal(correspondence_warp(x, x.flip(3)).warped, x)
+    >>> torch.allclose(correspondence_warp(x, x.flip(3)).warped, x)
     True
 
     Spec: lba 3 (warp, co-attention mask). Golden: lba/cmalign_similarity_warp,
