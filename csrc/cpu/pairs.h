@@ -24,6 +24,7 @@ namespace fastreid_vi {
 constexpr int64_t kSide = 32;        // rows and columns of a tile of distances, at most
 constexpr int64_t kColumnRun = 512;  // columns summed before they join the total
 constexpr int64_t kPanel = 64;       // columns of a panel of differences
+constexpr int64_t kGroup = 256;      // columns that are packed at once: rows lie pages apart
 constexpr int64_t kRowRun = 128;     // rows of a panel, and terms summed before they join the total
 
 // Some rows of a matrix whose inner axis is contiguous; `end` is one past the last element of all.
@@ -240,34 +241,49 @@ inline int64_t strip_of(int64_t rows, int64_t others) {
   return std::max(rows, others) <= 1024 ? rows : std::min<int64_t>(rows, 256);
 }
 
-// out_i = sum over j of c[(i - first) * pitch + j] (x_i - y_j) for i in [first, first + rows), in
-// the dtype of `out`, which starts at row `first`.
+// Columns [column, column + width) of rows [first, first + count) as panels, `pitch` rows apart.
+template <typename A>
+void pack(const Rows<A>& x, int64_t first, int64_t count, int64_t column, int64_t width, A* to,
+          int64_t pitch) {
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t i = 0; i < width; i += kPanel) {
+      std::copy_n(x.row(first + k) + column + i, std::min(kPanel, width - i),
+                  to + i * pitch + k * kPanel);
+    }
+  }
+}
+
+// out_i = sum over j of c_ij (s_ij x_i - y_j) for i in [first, first + rows), in the dtype of
+// `out`, which starts at row `first` as do c and s [rows, M]; a null `s` is one everywhere.
 template <typename A, typename T>
 void differences(const Rows<A>& x, int64_t first, int64_t rows, const Rows<A>& y, const A* c,
                  std::type_identity_t<const A*> s, T* out, int64_t out_stride) {
-  const int64_t panels = blocks_of(x.width, kPanel), padded = blocks_of(rows, 8) * 8;
+  const bool same = x.data == y.data && rows == y.count;
+  const int64_t padded = blocks_of(rows, 8) * 8, groups = blocks_of(x.width, kGroup);
+  const int64_t size = padded * kGroup, other = same ? 0 : kRowRun * kGroup;
   with_pair_tiles<A>([&]<typename Tiles>() {
-    parallel(panels, rows * y.count * kPanel, [&](int64_t begin, int64_t end) {
-      const Scratch<A> memory((2 * padded + kRowRun) * kPanel);
-      A *total = memory.get(), *from = total + padded * kPanel, *against = from + padded * kPanel;
-      std::fill(total, total + (2 * padded + kRowRun) * kPanel, A(0));
-      const auto pack = [&](const Rows<A>& source, int64_t row, int64_t n, int64_t i, A* to) {
-        const int64_t width = std::min(kPanel, source.width - i);
-        for (int64_t k = 0; k < n; ++k) {
-          std::copy_n(source.row(row + k) + i, width, to + k * kPanel);
-        }
-      };
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t i = panel * kPanel, width = std::min(kPanel, x.width - i);
-        std::fill(total, total + rows * kPanel, A(0));
-        pack(x, first, rows, i, from);
+    parallel(groups, rows * y.count * kGroup, [&](int64_t begin, int64_t end) {
+      const Scratch<A> memory(2 * size + other);
+      A *total = memory.get(), *from = total + size, *against = from + size;
+      std::fill(from, against + other, A(0));
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t column = group * kGroup, width = std::min(kGroup, x.width - column);
+        std::fill(total, from, A(0));
+        pack(x, first, rows, column, width, from, padded);
         for (int64_t j = 0; j < y.count; j += kRowRun) {
           const int64_t n = std::min(kRowRun, y.count - j);
-          pack(y, j, n, i, against);
-          Tiles::differences(c + j, s ? s + j : nullptr, y.count, from, rows, against, n, total);
+          if (!same) pack(y, j, n, column, width, against, kRowRun);
+          for (int64_t i = 0; i < width; i += kPanel) {
+            const A* panel = same ? from + i * padded + j * kPanel : against + i * kRowRun;
+            Tiles::differences(c + j, s ? s + j : nullptr, y.count, from + i * padded, rows, panel,
+                               n, total + i * padded);
+          }
         }
         for (int64_t k = 0; k < rows; ++k) {
-          convert(total + k * kPanel, width, out + k * out_stride + i);
+          for (int64_t i = 0; i < width; i += kPanel) {
+            convert(total + i * padded + k * kPanel, std::min(kPanel, width - i),
+                    out + k * out_stride + column + i);
+          }
         }
       }
     });
