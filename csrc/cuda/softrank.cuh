@@ -103,22 +103,32 @@ struct RankRow {
 
 // rank = (theta - mean) + weight for the members of a block: positions begin to begin + count - 1.
 struct RankBlock {
-  int number, begin, count;
+  int begin, count;
   double mean, weight;
 
   __device__ __forceinline__ double rank(double theta) const { return (theta - mean) + weight; }
 };
 
-__device__ __forceinline__ RankBlock rank_block(const RankRow& row, int blocks, int n,
-                                                int position) {
-  int low = 0, high = blocks;  // the last block that does not begin after the position
+// The number of the block that a position of the sorted order belongs to: the last one that does
+// not begin after it.
+__device__ __forceinline__ int rank_block_number(const RankRow& row, int blocks, int position) {
+  int low = 0, high = blocks;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (row.start[middle] <= position ? low : high) = middle;
   }
-  const int begin = row.start[low], end = low + 1 < blocks ? row.start[low + 1] : n;
-  return {low, begin, end - begin, number_of(row.slots[low]) / (end - begin),
-          n - 0.5 * (begin + end - 1)};
+  return low;
+}
+
+__device__ __forceinline__ int rank_block_size(const RankRow& row, int blocks, int n, int number) {
+  return (number + 1 < blocks ? row.start[number + 1] : n) - row.start[number];
+}
+
+__device__ __forceinline__ RankBlock rank_block(const RankRow& row, int blocks, int n,
+                                                int position) {
+  const int number = rank_block_number(row, blocks, position);
+  const int begin = row.start[number], count = rank_block_size(row, blocks, n, number);
+  return {begin, count, number_of(row.slots[number]) / count, n - (begin + 0.5 * (count - 1))};
 }
 
 // Pools adjacent violators; one thread. A block's mean of s - w is its mean of s less that of w,

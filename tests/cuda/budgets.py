@@ -30,6 +30,12 @@ BUDGETS = {
     "soft_rank_block_kernel": Budget(registers=64, shared=784, wide_stores=True),
     "soft_rank_backward_warp_kernel": Budget(registers=64, wide_stores=True),
     "soft_rank_backward_block_kernel": Budget(registers=64, shared=512, wide_stores=True),
+    # csrc/cuda/cmr.cu
+    "cmr_batch_kernel": Budget(registers=48, shared=512),
+    "cmr_columns_kernel": Budget(registers=80, shared=9632),
+    "cmr_loss_kernel": Budget(registers=88, shared=784),
+    "cmr_slopes_kernel": Budget(registers=96, shared=784),
+    "cmr_gradient_kernel": Budget(registers=96, shared=256, wide_stores=True),
     # csrc/cuda/pairs.cuh, in every file of a pair loss
     "pair_partials_kernel": Budget(registers=232, shared=33792),  # float 128, double 232
     # csrc/cuda/triplet.cu
@@ -39,4 +45,9 @@ BUDGETS = {
     # csrc/cuda/weighted.cu
     "weighted_rows_kernel": Budget(registers=64, shared=768, wide_loads=False),
     "weighted_backward_kernel": Budget(registers=128, shared=2048, wide_stores=True),
+    # csrc/cuda/cluster.cu
+    "cluster_first_kernel": Budget(registers=32, wide_loads=False),
+    "cluster_centres_kernel": Budget(registers=184, shared=39424, wide_stores=True),  # float 128
+    "cluster_finish_kernel": Budget(registers=48, shared=512, wide_loads=False),
+    "cluster_backward_kernel": Budget(registers=64, shared=1792, wide_stores=True),
 }
