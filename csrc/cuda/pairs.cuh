@@ -263,6 +263,25 @@ __device__ __forceinline__ A block_sum(const A* terms, int count) {
   return block_reduce(sum, Sum{});
 }
 
+// The values of those threads that have one to give, in the order of the threads; how many there
+// are. list: shared memory, a place for each thread; valid until the next call.
+__device__ __forceinline__ int block_list(bool gives, int value, int* list) {
+  SHARED_ARRAY(int, counts, [kWarp]);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const unsigned mask = __ballot_sync(kAllLanes, gives);
+  __syncthreads();  // an earlier list may still be read
+  if (lane == 0) counts[warp] = __popc(mask);
+  __syncthreads();
+  int before = __popc(mask & ((1u << lane) - 1)), total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) before += counts[w];
+    total += counts[w];
+  }
+  if (gives) list[before] = value;
+  __syncthreads();
+  return total;
+}
+
 // Whether this block is the last of `count` to come here; it sees what the others wrote before.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, int count) {
   SHARED_ARRAY(bool, last, [1]);

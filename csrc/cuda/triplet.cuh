@@ -197,8 +197,6 @@ __global__ void __launch_bounds__(kGradientThreads)
                              T* __restrict__ dr, RowMatrix xs, RowMatrix rs, bool self, bool wide) {
   using A = Accumulator<T>;
   SHARED_ARRAY(int, links, [kGradientThreads]);
-  SHARED_ARRAY(int, counts, [kGradientThreads / kWarp]);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool is_anchor = static_cast<int>(blockIdx.x) < xs.rows;
   const int row = is_anchor ? blockIdx.x : blockIdx.x - xs.rows;
   const int k = (blockIdx.y * kGradientThreads + threadIdx.x) * Vector<T>::size;
@@ -227,18 +225,7 @@ __global__ void __launch_bounds__(kGradientThreads)
       const int64_t partner = link < xs.rows ? positive[link] : negative[link - xs.rows];
       ends_here = partner == row && sides[link].pull != A(0);
     }
-    const unsigned mask = __ballot_sync(kAllLanes, ends_here);
-    __syncthreads();  // the list before has been read
-    if (lane == 0) counts[warp] = __popc(mask);
-    __syncthreads();
-    int before = __popc(mask & ((1u << lane) - 1)), total = 0;
-#pragma unroll
-    for (int w = 0; w < kGradientThreads / kWarp; ++w) {
-      if (w < warp) before += counts[w];
-      total += counts[w];
-    }
-    if (ends_here) links[before] = link;
-    __syncthreads();
+    const int total = block_list(ends_here, link, links);
     for (int i = 0; i < total; ++i) {
       const PairSide<A> side = sides[links[i]];
       part.add(side.pull, load_part(x + links[i] % xs.rows * xs.stride, k, columns, wide));
