@@ -26,6 +26,10 @@ FEATURE_MAPS = {
     "lba_alignment_layer4": Map(64 if GPU else 8, 2048, 18, 9),
     "mpanet_384x128_layer3": Map(128 if GPU else 16, 1024, 24, 8),
     "mpanet_384x128_layer4": Map(128 if GPU else 16, 2048, 24, 8),
+    "mcja_384x192_stage2": Map(128 if GPU else 16, 512, 48, 24),
+    "mcja_384x192_stage3": Map(128 if GPU else 16, 1024, 24, 12),
+    "aligngan_128_first": Map(16, 64, 128, 128),
+    "aligngan_128_residual": Map(16, 256, 32, 32),
     "mcja_384x192_stage4": Map(128 if GPU else 16, 2048, 24, 12),
 }
 

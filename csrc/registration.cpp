@@ -20,6 +20,15 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
   m.def(
       "modality_alleviation_backward(Tensor grad, Tensor features, Tensor reduce_weight, "
       "Tensor expand_weight, Tensor mean, Tensor rstd, Tensor gate) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "instance_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? running_mean, Tensor? running_var, str activation, float negative_slope, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "instance_norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor "
+      "mean, "
+      "Tensor variance, str activation, float negative_slope, float eps, bool fixed) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("pairwise_distance(Tensor x, Tensor? y, str metric) -> Tensor");
   m.def(
       "pairwise_distance_backward(Tensor grad, Tensor x, Tensor? y, Tensor distance, str metric) "

@@ -10,6 +10,7 @@ import math
 from torch import Tensor, nn
 
 from fastreid_vi import ops
+from fastreid_vi.ops.instance_norm import Activation as NormActivation
 from fastreid_vi.ops.pool import Activation
 
 
@@ -95,3 +96,50 @@ class BNNeck(nn.BatchNorm1d):
         if weight_std:
             nn.init.normal_(self.weight, 1.0, weight_std)
         self.bias.requires_grad_(False)
+
+
+class InstanceNormAct(nn.InstanceNorm2d):
+    """Instance norm, activation and residual sum in one; see `ops.instance_norm_act`.
+
+    AlignGAN's norm: parameters and buffers are those of `nn.InstanceNorm2d` with `affine` and
+    `track_running_stats`, and so is their use: training moves the running statistics, evaluation
+    takes them. `num_batches_tracked` stays 0.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        activation: NormActivation = "relu",
+        negative_slope: float = 0.2,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(channels, eps, momentum, affine, track_running_stats)
+        self.activation: NormActivation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return ops.instance_norm_act(
+            input,
+            self.weight,
+            self.bias,
+            residual=residual,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            eps=self.eps,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            training=self.training,
+            momentum=self.momentum or 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        """Size and what the defaults do not say."""
+        return (
+            f"{self.num_features}, activation={self.activation!r}, affine={self.affine},"
+            f" track_running_stats={self.track_running_stats}"
+        )

@@ -1,4 +1,4 @@
-"""What the Triton rooms share: block sizes, feature maps as strided rows, launch options."""
+"""What the Triton rooms share: block sizes, feature maps as rows, their statistics, options."""
 
 from __future__ import annotations
 
@@ -79,3 +79,127 @@ def reduction_tile(map: Rows) -> dict[str, int]:
 def accumulator_kind(dtype: torch.dtype) -> tl.dtype:
     """`accumulator` as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def map_tile(map: Rows) -> dict[str, int]:
+    """Tile of the kernels that own a piece of a map."""
+    if map.channel == 1:
+        columns = block(map.channels, 256)
+        return {"BLOCK_S": 2048 // columns, "BLOCK_C": columns}
+    return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
+
+
+def map_grid(map: Rows, tile: dict[str, int]) -> tuple[int]:
+    """One axis: the second and third end at 65535, which a batch may exceed."""
+    columns = triton.cdiv(map.channels, tile["BLOCK_C"])
+    return (columns * triton.cdiv(map.positions, tile["BLOCK_S"]) * map.batches,)
+
+
+def pieces(map: Rows, tile: dict[str, int]) -> tuple[int, int]:
+    """How many pieces the positions are walked in, and the positions of one.
+
+    One where samples and channels fill the device, otherwise as many as do, of 16 tiles or more.
+    """
+    programs = map.batches * triton.cdiv(map.channels, tile["BLOCK_C"])
+    shortest = 16 * tile["BLOCK_S"]
+    wanted = min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(map.positions, shortest))
+    each = triton.cdiv(triton.cdiv(map.positions, wanted), tile["BLOCK_S"]) * tile["BLOCK_S"]
+    return triton.cdiv(map.positions, each), each
+
+
+PROGRAMS = 512  # enough for the 132 processors of an H200
+
+
+@triton.jit
+def _statistics_kernel(
+    x_ptr, mean_ptr, spread_ptr,
+    channels, positions, stride_b, stride_c, stride_s, batches, each, count,
+    eps: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean and variance, or 1 / sqrt(variance + eps), over a piece of the positions.
+
+    A program owns BLOCK_C channels of a sample and one of `count` pieces of `each` positions. Sums
+    are shifted by its first position and the variance takes a second walk (it hits the cache), so
+    that a large mean costs no precision.
+    """
+    blocks = tl.cdiv(channels, BLOCK_C)
+    piece = tl.program_id(0) % count
+    b = (tl.program_id(0) // count // blocks).to(tl.int64)
+    c = tl.program_id(0) // count % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = piece * each
+    stop = tl.minimum(start + each, positions)
+    base = x_ptr + b * stride_b + c.to(tl.int64) * stride_c
+    shift = tl.load(base + start.to(tl.int64) * stride_s, mask=c < channels, other=0.0).to(ACC)
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
+    for first in range(start, stop, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        inside = (s[:, None] < stop) & (c[None, :] < channels)
+        x = tl.load(base[None, :] + s[:, None].to(tl.int64) * stride_s, mask=inside, other=0.0)
+        total += tl.where(inside, x.to(ACC) - shift[None, :], 0.0)
+    mean = shift + tl.sum(total, axis=0) / (stop - start)
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
+    for first in range(start, stop, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        inside = (s[:, None] < stop) & (c[None, :] < channels)
+        x = tl.load(base[None, :] + s[:, None].to(tl.int64) * stride_s, mask=inside, other=0.0)
+        d = tl.where(inside, x.to(ACC) - mean[None, :], 0.0)
+        total += d * d
+    spread = tl.sum(total, axis=0) / (stop - start)
+    if eps is not None:
+        spread = 1.0 / tl.sqrt(spread + eps)
+    out = (piece * batches + b) * channels + c
+    tl.store(mean_ptr + out, mean, mask=c < channels)
+    tl.store(spread_ptr + out, spread, mask=c < channels)
+
+
+@triton.jit
+def _combine_statistics_kernel(
+    means_ptr, variances_ptr, mean_ptr, spread_ptr,
+    items, positions, each, count,
+    eps: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean and variance of all positions from those of the pieces; one item is a channel."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    shift = tl.load(means_ptr + i, mask=i < items, other=0.0)
+    total = tl.zeros([BLOCK], dtype=ACC)
+    for k in range(1, count):
+        size = tl.minimum(each, positions - k * each)
+        mean = tl.load(means_ptr + k * items + i, mask=i < items, other=0.0)
+        total += size * (mean - shift)
+    mean = shift + total / positions
+    total = tl.zeros([BLOCK], dtype=ACC)
+    for k in range(0, count):
+        size = tl.minimum(each, positions - k * each)
+        d = tl.load(means_ptr + k * items + i, mask=i < items, other=0.0) - mean
+        total += size * (tl.load(variances_ptr + k * items + i, mask=i < items, other=0.0) + d * d)
+    spread = total / positions
+    if eps is not None:
+        spread = 1.0 / tl.sqrt(spread + eps)
+    tl.store(mean_ptr + i, mean, mask=i < items)
+    tl.store(spread_ptr + i, spread, mask=i < items)
+
+
+def statistics(map: Rows, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    """[B, C] each: mean over positions, and biased variance or, with `eps`, 1 / deviation."""
+    tile, kind = reduction_tile(map), accumulator(map.tensor.dtype)
+    acc, shape = accumulator_kind(map.tensor.dtype), (map.batches, map.channels)
+    mean, spread = (map.tensor.new_empty(shape, dtype=kind) for _ in range(2))
+    if map.batches == 0:
+        return mean, spread
+    count, each = pieces(map, tile)
+    first = (mean, spread)
+    if count > 1:
+        means, variances = (mean.new_empty(count, *shape) for _ in range(2))
+        first = (means, variances)
+    grid = (count * triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
+    _statistics_kernel[grid](
+        map.tensor, *first, *map[2:], map.batches, each, count,
+        eps=eps if count == 1 else None, **tile, ACC=acc, **OPTIONS,
+    )  # fmt: skip
+    if count > 1:
+        _combine_statistics_kernel[(triton.cdiv(mean.numel(), 256),)](
+            *first, mean, spread, mean.numel(), map.positions, each, count,
+            eps=eps, BLOCK=256, ACC=acc, **OPTIONS,
+        )  # fmt: skip
+    return mean, spread

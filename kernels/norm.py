@@ -9,51 +9,15 @@ from torch import Tensor
 
 from fastreid_vi.kernels._common import (
     OPTIONS,
-    Rows,
     accumulator,
     accumulator_kind,
-    block,
+    map_grid,
     map_like,
+    map_tile,
     reduction_tile,
     rows,
+    statistics,
 )
-
-
-@triton.jit
-def _statistics_kernel(
-    x_ptr, mean_ptr, rstd_ptr,
-    channels, positions, stride_b, stride_c, stride_s,
-    eps: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """mean and 1 / sqrt(variance + eps) over positions; a program owns BLOCK_C channels.
-
-    Sums are shifted by the first position and the variance takes a second walk (it hits the cache),
-    so that a large mean costs no precision.
-    """
-    blocks = tl.cdiv(channels, BLOCK_C)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    base = x_ptr + b * stride_b + c.to(tl.int64) * stride_c
-    shift = tl.load(base, mask=c < channels, other=0.0).to(ACC)
-    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
-    for first in range(0, positions, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (s[:, None] < positions) & (c[None, :] < channels)
-        x = tl.load(base[None, :] + s[:, None].to(tl.int64) * stride_s, mask=inside, other=0.0)
-        total += tl.where(inside, x.to(ACC) - shift[None, :], 0.0)
-    mean = shift + tl.sum(total, axis=0) / positions
-    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
-    for first in range(0, positions, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (s[:, None] < positions) & (c[None, :] < channels)
-        x = tl.load(base[None, :] + s[:, None].to(tl.int64) * stride_s, mask=inside, other=0.0)
-        d = tl.where(inside, x.to(ACC) - mean[None, :], 0.0)
-        total += d * d
-    rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / positions + eps)
-    out = b * channels + c
-    tl.store(mean_ptr + out, mean, mask=c < channels)
-    tl.store(rstd_ptr + out, rstd, mask=c < channels)
 
 
 @triton.jit
@@ -87,7 +51,7 @@ def _gradient_sums_kernel(
     channels, positions, g_b, g_c, g_s, stride_b, stride_c, stride_s,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over positions of g and of g (x - mean); programs as in the statistics kernel."""
+    """Sums over positions of g and of g (x - mean); a program owns BLOCK_C channels."""
     blocks = tl.cdiv(channels, BLOCK_C)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -137,42 +101,22 @@ def _gradient_kernel(
     tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _map_tile(map: Rows) -> dict[str, int]:
-    """Tile of the kernels that own a piece of a map."""
-    if map.channel == 1:
-        return {"BLOCK_S": 8, "BLOCK_C": block(map.channels, 256)}
-    return {"BLOCK_S": block(map.positions, 256), "BLOCK_C": 8}
-
-
-def _map_grid(map: Rows, tile: dict[str, int]) -> tuple[int]:
-    """One axis: the second and third end at 65535, which a batch may exceed."""
-    columns = triton.cdiv(map.channels, tile["BLOCK_C"])
-    return (columns * triton.cdiv(map.positions, tile["BLOCK_S"]) * map.batches,)
-
-
 def modality_alleviation(
     features: Tensor, reduce_weight: Tensor, expand_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output map, and per sample and channel: mean, 1 / deviation, gate."""
     map, out = rows(features), map_like(features)
     kind = accumulator(features.dtype)
-    mean = features.new_empty(features.shape[:2], dtype=kind)
-    rstd = torch.empty_like(mean)
-    acc = accumulator_kind(features.dtype)
-    if map.batches:
-        tile = reduction_tile(map)
-        grid = (triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
-        _statistics_kernel[grid](
-            map.tensor, mean, rstd, *map[2:], eps=eps, **tile, ACC=acc, **OPTIONS
-        )
+    mean, rstd = statistics(map, eps)
     # The gate is [B, C]-sized: two library products.
     hidden = torch.relu(mean @ reduce_weight.to(kind).flatten(1).t())
     gate = torch.sigmoid(hidden @ expand_weight.to(kind).flatten(1).t())
     if map.batches:
-        tile, to = _map_tile(map), rows(out)
-        _blend_kernel[_map_grid(map, tile)](
-            map.tensor, mean, rstd, gate, out, *map[2:], *to[4:], **tile, ACC=acc, **OPTIONS
-        )
+        tile, to = map_tile(map), rows(out)
+        _blend_kernel[map_grid(map, tile)](
+            map.tensor, mean, rstd, gate, out, *map[2:], *to[4:],
+            **tile, ACC=accumulator_kind(features.dtype), **OPTIONS,
+        )  # fmt: skip
     return out, mean, rstd, gate
 
 
@@ -205,8 +149,8 @@ def modality_alleviation_backward(
     on_x = -pull * rstd.square() * sum_gc / map.positions
     offset = (dh @ w1 - pull * sum_g) / map.positions
     if map.batches:
-        tile, to = _map_tile(map), rows(dx)
-        _gradient_kernel[_map_grid(map, tile)](
+        tile, to = map_tile(map), rows(dx)
+        _gradient_kernel[map_grid(map, tile)](
             given.tensor, map.tensor, mean, on_g, on_x, offset, dx, map.channels, map.positions,
             *given[4:], *map[4:], *to[4:], **tile, ACC=acc, **OPTIONS,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 // Modality alleviation: statistics, gate and affine map of one sample at a time, so that the second
 // read of the sample comes from the cache. Channels-last maps are read as rows of channels in
-// blocks, NCHW maps as rows of positions. Sums run in short pieces, so that float32 stays accurate.
+// blocks, NCHW maps as rows of positions.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -9,88 +9,19 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/channels.h"
 
 namespace {
 
 using fastreid_vi::accumulate_t;
 using fastreid_vi::FeatureMap;
+using fastreid_vi::gradient_sums_columns;
+using fastreid_vi::gradient_sums_row;
+using fastreid_vi::kColumns;
+using fastreid_vi::moments_columns;
+using fastreid_vi::moments_row;
+using fastreid_vi::plane;
 using torch::stable::Tensor;
-
-constexpr int64_t kColumns = 256;  // channels that one pass over the positions carries
-constexpr int64_t kRun = 16;       // positions summed before they join the total
-
-// One sample of a map, or a block of its channels.
-template <typename T>
-struct Sample {
-  T* data;
-  int64_t channel, position;
-  T* at(int64_t c) const { return data + c * channel; }
-};
-
-template <typename T>
-Sample<const T> sample(const FeatureMap& map, int64_t b) {
-  return {map.tensor.const_data_ptr<T>() + b * map.batch, map.channel, map.position};
-}
-
-// total[i] = sum over positions of term(s, i), i < width <= kColumns, inner loop over i.
-template <typename A, typename F>
-[[gnu::always_inline]] inline void sum_columns(int64_t positions, int64_t width, A* total, F term) {
-  A run[kColumns];
-  std::fill(total, total + width, A(0));
-  for (int64_t first = 0; first < positions; first += kRun) {
-    const int64_t last = std::min(first + kRun, positions);
-    std::fill(run, run + width, A(0));
-    for (int64_t s = first; s < last; ++s) {
-      for (int64_t i = 0; i < width; ++i) run[i] += term(s, i);
-    }
-    for (int64_t i = 0; i < width; ++i) total[i] += run[i];
-  }
-}
-
-// Sum over positions of term(s), in kRun independent lanes.
-template <typename A, typename F>
-[[gnu::always_inline]] inline A sum_row(int64_t positions, F term) {
-  A lane[kRun] = {};
-  int64_t s = 0;
-  for (; s + kRun <= positions; s += kRun) {
-    for (int64_t i = 0; i < kRun; ++i) lane[i] += term(s + i);
-  }
-  for (int64_t i = 0; s + i < positions; ++i) lane[i] += term(s + i);
-  A total = 0;
-  for (int64_t i = 0; i < kRun; ++i) total += lane[i];
-  return total;
-}
-
-// mean[i] and rstd[i] of `width` channels; two passes and sums shifted by the first position, so
-// that a large mean costs no precision.
-template <typename T, typename A>
-FASTREID_VI_CLONES void statistics_columns(const T* x, int64_t stride, int64_t positions,
-                                           int64_t width, A eps, A* mean, A* rstd) {
-  const A n = static_cast<A>(positions);
-  sum_columns(positions, width, mean, [&](int64_t s, int64_t i) {
-    return static_cast<A>(x[s * stride + i]) - static_cast<A>(x[i]);
-  });
-  for (int64_t i = 0; i < width; ++i) mean[i] = static_cast<A>(x[i]) + mean[i] / n;
-  sum_columns(positions, width, rstd, [&](int64_t s, int64_t i) {
-    const A d = static_cast<A>(x[s * stride + i]) - mean[i];
-    return d * d;
-  });
-  for (int64_t i = 0; i < width; ++i) rstd[i] = A(1) / std::sqrt(rstd[i] / n + eps);
-}
-
-template <typename T, typename A>
-FASTREID_VI_CLONES void statistics_row(const T* x, int64_t positions, A eps, A* mean, A* rstd) {
-  const A n = static_cast<A>(positions);
-  const A shift = static_cast<A>(x[0]);
-  const A mu =
-      shift + sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(x[s]) - shift; }) / n;
-  const A square = sum_row<A>(positions, [&](int64_t s) {
-    const A d = static_cast<A>(x[s]) - mu;
-    return d * d;
-  });
-  *mean = mu;
-  *rstd = A(1) / std::sqrt(square / n + eps);
-}
 
 // out = keep x + pull (x - mean)
 template <typename T, typename A>
@@ -108,26 +39,6 @@ FASTREID_VI_CLONES void blend_row(const T* x, A keep, A pull, A mean, int64_t po
     const A v = static_cast<A>(x[s]);
     out[s] = static_cast<T>(keep * v + pull * (v - mean));
   }
-}
-
-// sum_g = sum of g, sum_gc = sum of g (x - mean)
-template <typename T, typename A>
-FASTREID_VI_CLONES void gradient_sums_columns(const T* g, int64_t g_stride, const T* x,
-                                              int64_t x_stride, int64_t positions, int64_t width,
-                                              const A* mean, A* sum_g, A* sum_gc) {
-  sum_columns(positions, width, sum_g,
-              [&](int64_t s, int64_t i) { return static_cast<A>(g[s * g_stride + i]); });
-  sum_columns(positions, width, sum_gc, [&](int64_t s, int64_t i) {
-    return static_cast<A>(g[s * g_stride + i]) * (static_cast<A>(x[s * x_stride + i]) - mean[i]);
-  });
-}
-
-template <typename T, typename A>
-FASTREID_VI_CLONES void gradient_sums_row(const T* g, const T* x, int64_t positions, A mean,
-                                          A* sum_g, A* sum_gc) {
-  *sum_g = sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(g[s]); });
-  *sum_gc = sum_row<A>(
-      positions, [&](int64_t s) { return static_cast<A>(g[s]) * (static_cast<A>(x[s]) - mean); });
 }
 
 // dx = on_g g + on_x (x - mean) + offset
@@ -169,7 +80,7 @@ struct Gate {
 
 template <typename A>
 FASTREID_VI_CLONES A dot(const A* a, const A* b, int64_t n) {
-  return sum_row<A>(n, [&](int64_t i) { return a[i] * b[i]; });
+  return fastreid_vi::sum_row<A>(n, [&](int64_t i) { return a[i] * b[i]; });
 }
 
 template <typename A>
@@ -207,20 +118,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modality_alleviation(const Tensor& fe
     fastreid_vi::parallel(map.batches, channels * positions, [&](int64_t from, int64_t until) {
       std::vector<A> hidden(static_cast<size_t>(gate.hidden)), pull(static_cast<size_t>(channels));
       for (int64_t b = from; b < until; ++b) {
-        const auto x = sample<T>(map, b);
+        const auto x = plane<T>(map, b);
         A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
         if (columns) {
           for (int64_t c = 0; c < channels; c += kColumns) {
-            statistics_columns(x.at(c), x.position, positions, std::min(kColumns, channels - c),
-                               static_cast<A>(eps), mu + c, q + c);
+            moments_columns(x.at(c), x.position, positions, std::min(kColumns, channels - c),
+                            mu + c, q + c);
           }
         } else {
           for (int64_t c = 0; c < channels; ++c) {
-            statistics_row(x.at(c), positions, static_cast<A>(eps), mu + c, q + c);
+            moments_row(x.at(c), positions, mu + c, q + c);
           }
         }
         squeeze(gate, mu, hidden.data());
         for (int64_t c = 0; c < channels; ++c) {
+          q[c] = A(1) / std::sqrt(q[c] + static_cast<A>(eps));
           const A z = dot(gate.expand.data() + c * gate.hidden, hidden.data(), gate.hidden);
           m[c] = A(1) / (A(1) + std::exp(-z));
           pull[c] = (A(1) - m[c]) * q[c];
@@ -302,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
       auto sum_g = buffer(channels), sum_gc = buffer(channels), dmean = buffer(channels);
       auto on_g = buffer(channels), on_x = buffer(channels), offset = buffer(channels);
       for (int64_t b = from; b < until; ++b) {
-        const auto x = sample<T>(map, b), g = sample<T>(given, b);
+        const auto x = plane<T>(map, b), g = plane<T>(given, b);
         const A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
         for (int64_t c = 0; c < channels; c += columns ? kColumns : 1) {
           if (columns) {

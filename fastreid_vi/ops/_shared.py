@@ -1,4 +1,4 @@
-"""What the op families share: the accumulation dtype and autocast of mixed arguments."""
+"""What the op families share: accumulation dtype, autocast, statistics of feature maps."""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def layout_of(features: Tensor) -> torch.memory_format:
     if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def update_running(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+    """Move a running statistic in place; outside the op, so that this stays functional."""
+    if running is not None:
+        with torch.no_grad():
+            running.lerp_(batch.to(running.dtype), momentum)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, C] each: mean and biased variance over positions of [B, C, H, W].
+
+    Shifted by the first position and summed twice, so that a large mean costs no precision.
+    """
+    shift = x[:, :, :1, :1]
+    mean = shift + (x - shift).mean(dim=(2, 3), keepdim=True)
+    variance = (x - mean).square().mean(dim=(2, 3))
+    return mean[:, :, 0, 0], variance

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastreid_vi.layers import BNNeck, GeM, ModalityAlleviation, PatternPool
+from fastreid_vi.layers import BNNeck, GeM, InstanceNormAct, ModalityAlleviation, PatternPool
 from tests.conftest import golden
 
 DTYPES = [torch.float64, torch.float32]
@@ -58,6 +58,47 @@ def test_pattern_pool_golden(dtype: torch.dtype) -> None:
     close(x.grad, arrays["feats_grad_x"], dtype, gradient=True)
     close(layer.weight.grad, arrays["feats_grad_w"], dtype, gradient=True)
     close(layer.bias.grad, arrays["feats_grad_b"], dtype, gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_instance_norm_golden(case: str, dtype: torch.dtype) -> None:
+    """Two training steps move the buffers, evaluation uses them; names are InstanceNorm2d's."""
+    arrays = {
+        k.removeprefix(f"{case}__"): torch.from_numpy(np.asarray(v)).to(dtype)
+        for k, v in golden("aligngan/instance_norm").items()
+        if k.startswith(f"{case}__")
+    }
+    layer = InstanceNormAct(arrays["w"].shape[0], activation="none").to(dtype)
+    names = {"weight": "w", "bias": "bias", "running_mean": "rm0", "running_var": "rv0"}
+    state = {key: arrays[name] for key, name in names.items()}
+    layer.load_state_dict({**state, "num_batches_tracked": torch.tensor(0)})
+    close(layer(arrays["x1"]), arrays["train_y1"].numpy(), torch.float32, gradient=False)
+    layer(arrays["x2"])
+    close(layer.running_mean, arrays["rm2"].numpy(), torch.float32, gradient=False)
+    close(layer.running_var, arrays["rv2"].numpy(), torch.float32, gradient=False)
+    assert int(layer.num_batches_tracked) == 0
+    x = arrays["x1"].requires_grad_()
+    layer.eval()
+    y = layer(x)
+    y.backward(arrays["gout"])
+    close(y, arrays["eval_y1"].numpy(), torch.float32, gradient=False)
+    close(x.grad, arrays["eval_gx1"].numpy(), torch.float32, gradient=True)
+    close(layer.weight.grad, arrays["eval_gw"].numpy(), torch.float32, gradient=True)
+    close(layer.bias.grad, arrays["eval_gb"].numpy(), torch.float32, gradient=True)
+
+
+def test_instance_norm_equals_the_sequence_of_pytorch() -> None:
+    torch.manual_seed(0)
+    plain, ours = nn.InstanceNorm2d(4, affine=True, track_running_stats=True), InstanceNormAct(4)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    x, skip = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    torch.testing.assert_close(ours(x, skip), plain(x).relu() + skip)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x).relu())
+    bare = InstanceNormAct(4, activation="leaky_relu", affine=False, track_running_stats=False)
+    want = nn.functional.leaky_relu(nn.functional.instance_norm(x), 0.2)
+    torch.testing.assert_close(bare(x), want)
+    assert not bare.state_dict()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
