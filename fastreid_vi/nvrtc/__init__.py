@@ -28,6 +28,10 @@ ROOMS: Final = {
     "batch_hard_triplet_loss_backward": "triplet",
     "weighted_triplet_loss": "weighted",
     "weighted_triplet_loss_backward": "weighted",
+    "center_cluster_loss": "cluster",
+    "center_cluster_loss_backward": "cluster",
+    "cross_modality_retrieval_loss": "cmr",
+    "cross_modality_retrieval_loss_backward": "cmr",
     "soft_rank": "softrank",
     "soft_rank_backward": "softrank",
 }

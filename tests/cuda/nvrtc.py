@@ -140,7 +140,7 @@ class Alike(Emulated):
                 expected = room(*arguments)
             with self.emulation.recorded() as ours:
                 result = launcher(*arguments)
-            assert ours == theirs, f"{name}: grid, block and shared memory of each launch"
+            assert ours == theirs, f"{name}: grid, block, shared memory {ours}, of the .cu {theirs}"
             for i, (got, want) in enumerate(zip(bits(result), bits(expected), strict=True)):
                 assert got == want, f"{name}: result {i}"
             return result
