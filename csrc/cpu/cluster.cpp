@@ -59,16 +59,20 @@ struct Identities {
   int64_t first_of(int64_t p) const { return of(p).front(); }
 };
 
+// In float64: a first row far from the centre makes large sums of which little remains.
 template <typename A>
-FASTREID_VI_CLONES void add_difference(const A* x, const A* base, int64_t width, A* sum) {
-  for (int64_t k = 0; k < width; ++k) sum[k] += x[k] - base[k];
+FASTREID_VI_CLONES void add_difference(const A* x, const A* base, int64_t width, double* sum) {
+  for (int64_t k = 0; k < width; ++k) sum[k] += static_cast<double>(x[k] - base[k]);
 }
 
 template <typename A>
-FASTREID_VI_CLONES void finish_centre(const A* base, A rows, int64_t width, A* offset, A* centre) {
+FASTREID_VI_CLONES void finish_centre(const double* sum, const A* base, int64_t rows, int64_t width,
+                                      A* offset, A* centre) {
+  const auto count = static_cast<double>(rows);
   for (int64_t k = 0; k < width; ++k) {
-    offset[k] /= rows;
-    centre[k] = base[k] + offset[k];
+    const double mean = sum[k] / count;
+    offset[k] = static_cast<A>(mean);
+    centre[k] = static_cast<A>(static_cast<double>(base[k]) + mean);
   }
 }
 
@@ -147,12 +151,12 @@ struct Centres {
     const int64_t p = block.identity;
     const int64_t at = p * width + block.column;
     const A* base = x.row(ids.first_of(p)) + block.column;
-    A* sum = offset.get() + at;
-    std::fill(sum, sum + block.width, A(0));
+    double sum[kColumns] = {};
     for (const int64_t i : ids.of(p).subspan(1)) {
       add_difference(x.row(i) + block.column, base, block.width, sum);
     }
-    finish_centre(base, static_cast<A>(ids.of(p).size()), block.width, sum, centre.get() + at);
+    finish_centre(sum, base, static_cast<int64_t>(ids.of(p).size()), block.width, offset.get() + at,
+                  centre.get() + at);
   }
   Rows<A> rows(const Tensor& any) const { return {count, width, width, centre.get(), any, {}, {}}; }
 };
