@@ -22,13 +22,51 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
       "Tensor expand_weight, Tensor mean, Tensor rstd, Tensor gate) -> (Tensor, Tensor, Tensor)");
   m.def(
       "instance_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? running_mean, Tensor? running_var, str activation, float negative_slope, float eps) "
+      "Tensor? running_mean, Tensor? running_var, str activation, float negative_slope, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "instance_norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor variance, str activation, float negative_slope, float eps, bool fixed) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "instance_norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor "
-      "mean, "
-      "Tensor variance, str activation, float negative_slope, float eps, bool fixed) "
-      "-> (Tensor, Tensor, Tensor)");
+      "resize_normalize(Tensor images, int height, int width, float[] mean, float[] std) "
+      "-> Tensor");
+  m.def(
+      "resize_normalize_backward(Tensor grad, int height, int width, float[] std, "
+      "bool channels_last) -> Tensor");
+  m.def("feature_mask(Tensor features) -> Tensor");
+  m.def(
+      "correspondence_probability(Tensor source, Tensor target, Tensor index, float temperature) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "correspondence_probability_backward(Tensor grad, Tensor source, Tensor target, "
+      "Tensor index, Tensor probability, Tensor lse, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "correspondence_warp(Tensor source, Tensor target, Tensor index, Tensor? source_mask, "
+      "Tensor? target_mask, float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "correspondence_warp_backward(Tensor grad, Tensor source, Tensor target, Tensor index, "
+      "Tensor probability, Tensor lse, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "align_features(Tensor features, Tensor index, Tensor mask, float temperature) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "align_features_backward(Tensor grad, Tensor features, Tensor index, Tensor mask, "
+      "Tensor probability, Tensor lse, float temperature) -> Tensor");
+  m.def(
+      "dense_triplet_loss(Tensor anchor, Tensor positive, Tensor negative, Tensor weight, "
+      "float margin, str weighting) -> (Tensor, Tensor)");
+  m.def(
+      "dense_triplet_loss_backward(Tensor grad, Tensor anchor, Tensor positive, Tensor negative, "
+      "Tensor slopes) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dense_alignment(Tensor features, Tensor positive, Tensor negative, float temperature, "
+      "float margin, str weighting, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dense_alignment_backward(Tensor grad_aligned, Tensor grad_loss, Tensor features, "
+      "Tensor positive, Tensor negative, Tensor aligned, Tensor probability, Tensor lse, "
+      "Tensor gram, Tensor mask, Tensor slopes, float temperature, float eps) -> Tensor");
   m.def("pairwise_distance(Tensor x, Tensor? y, str metric) -> Tensor");
   m.def(
       "pairwise_distance_backward(Tensor grad, Tensor x, Tensor? y, Tensor distance, str metric) "
