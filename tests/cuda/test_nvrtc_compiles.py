@@ -124,8 +124,10 @@ class TestCache:
         first = self.ask()
         (file,) = self.folder.iterdir()
         file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
-        assert self.ask() == first
+        again = self.ask()  # not always the same bytes: the compiler does not promise that
+        assert again[1] == first[1]
         assert self.compilations == 2
+        assert self.ask() == again
 
     def test_other_device_code_is_compiled_anew(self, tmp_path: Path, monkeypatch):
         """CuPy's own cache would not look into an included file."""
@@ -141,5 +143,5 @@ class TestCache:
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path, monkeypatch):
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        assert self.ask() == self.ask()
+        assert self.ask()[1] == self.ask()[1]
         assert self.compilations == 2
