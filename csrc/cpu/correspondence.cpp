@@ -76,9 +76,11 @@ void match_all(const Tensor& source, const Tensor& target, const Tensor& index,
   T* comask_to = masks ? out.comask.mutable_data_ptr<T>() : nullptr;
   const int64_t cost = all * q.channels();
   fastreid_vi::parallel(q.count(), cost, [&](int64_t from, int64_t to) {
-    const Scratch<A> gram(all), vectors(3 * size);
+    const Scratch<A> gram(all), vectors(2 * size);
+    const Scratch<double> inverse(2 * size);
     const Scratch<A> queries(q.scratch()), keys(k.scratch()), work(map ? map->scratch() : 0);
-    A *iq = vectors.get(), *ik = iq + size, *comask = ik + size;
+    A *comask = vectors.get(), *kept = comask + size;
+    double *iq = inverse.get(), *ik = iq + size;
     for (int64_t b = from; b < to; ++b) {
       const int64_t t = picks[b];
       const Matrix<A> p = square(gram.get(), size);
@@ -86,8 +88,8 @@ void match_all(const Tensor& source, const Tensor& target, const Tensor& index,
       product(q.matrix(b, queries.get()), key.transposed(), p);
       q_norms.inverse(b, false, iq);
       k_norms.inverse(t, false, ik);
-      fastreid_vi::match_rows(p.data, iq, ik, size, static_cast<A>(temperature), p.data,
-                              p_to + b * all, lse_to + b * size);
+      fastreid_vi::match_rows(p.data, iq, ik, size, temperature, p.data, p_to + b * all,
+                              lse_to + b * size);
       if (masks) {
         fastreid_vi::comask_of(p.data, masks + b * size, target_masks + t * size, size, comask);
         rounded(comask, size, comask_to + b * size);
@@ -98,12 +100,12 @@ void match_all(const Tensor& source, const Tensor& target, const Tensor& index,
         for (int64_t i = 0; i < size; ++i) {
           const A m = masks[b * size + i];
           for (int64_t j = 0; j < size; ++j) p.data[i * size + j] *= m;
-          iq[i] = 1 - m;
+          kept[i] = 1 - m;
         }
       }
       product(p, key, q.laid_out(warped, q.width()));
       if (blends) {
-        fastreid_vi::add_scaled(q.data(b), q.runs(), q.width(), q.stride(), q.channels_last(), iq,
+        fastreid_vi::add_scaled(q.data(b), q.runs(), q.width(), q.stride(), q.channels_last(), kept,
                                 warped);
       }
       map->finish(b, warped);
@@ -192,8 +194,8 @@ class PairingGradient {
   void find_inner(const Samples<T>* grad_map, const Tensor* grad_p) {
     fastreid_vi::parallel(q_.count(), cost(), [&](int64_t from, int64_t to) {
       const Scratch<A> keys(k_.scratch()), grads(grad_map ? grad_map->scratch() : 0);
-      const Scratch<A> vectors(2 * size_);
-      A *iq = vectors.get(), *ik = iq + size_;
+      const Scratch<double> inverse(2 * size_);
+      double *iq = inverse.get(), *ik = iq + size_;
       for (int64_t b = from; b < to; ++b) {
         const int64_t t = picks_[b];
         const Matrix<A> d = inner(b);

@@ -152,10 +152,10 @@ struct Norms {
 
   // 1 / norm: bounded for the forward pass, and zero in the backward pass where a position has no
   // direction to differentiate.
-  void inverse(int64_t b, bool backward, A* to) const {
+  void inverse(int64_t b, bool backward, double* to) const {
     for (int64_t s = 0; s < positions; ++s) {
-      const A norm = std::sqrt(squares(b)[s]);
-      to[s] = backward && norm < A(kFloor) ? A(0) : 1 / std::max(norm, A(kFloor));
+      const double norm = std::sqrt(static_cast<double>(squares(b)[s]));
+      to[s] = backward && norm < kFloor ? 0.0 : 1 / std::max(norm, kFloor);
     }
   }
 
@@ -212,23 +212,24 @@ void comask_of(const A* p, const A* mask, const A* target_mask, int64_t size, A*
 }
 
 // From inner products to P: rounded into `rounded`, and that value again in `p`, which may be the
-// memory of the inner products.
+// memory of the inner products. Logits are float64: the temperature multiplies their rounding.
 template <typename T, typename A>
-FASTREID_VI_CLONES void match_rows(const A* gram, const A* inverse_q, const A* inverse_k,
-                                   int64_t size, A temperature, A* p, T* rounded, A* lse) {
+FASTREID_VI_CLONES void match_rows(const A* gram, const double* inverse_q, const double* inverse_k,
+                                   int64_t size, double temperature, A* p, T* rounded, A* lse) {
+  std::vector<double> memory(static_cast<size_t>(size));
+  double* logits = memory.data();
   for (int64_t i = 0; i < size; ++i) {
     const A* g = gram + i * size;
     A* row = p + i * size;
-    const A scale = temperature * inverse_q[i];
-    A top = -std::numeric_limits<A>::infinity();
+    const double scale = temperature * inverse_q[i];
+    double top = -std::numeric_limits<double>::infinity(), sum = 0;
     for (int64_t j = 0; j < size; ++j) {
-      row[j] = g[j] * scale * inverse_k[j];
-      top = row[j] > top ? row[j] : top;
+      logits[j] = static_cast<double>(g[j]) * scale * inverse_k[j];
     }
-    double sum = 0;
-    for (int64_t j = 0; j < size; ++j) row[j] = exponential(row[j] - top);
+    for (int64_t j = 0; j < size; ++j) top = logits[j] > top ? logits[j] : top;
+    for (int64_t j = 0; j < size; ++j) row[j] = exponential(static_cast<A>(logits[j] - top));
     for (int64_t j = 0; j < size; ++j) sum += static_cast<double>(row[j]);
-    lse[i] = static_cast<A>(static_cast<double>(top) + std::log(sum));
+    lse[i] = static_cast<A>(top + std::log(sum));
     const A share = static_cast<A>(1 / sum);
     for (int64_t j = 0; j < size; ++j) {
       const T value = static_cast<T>(row[j] * share);
@@ -242,9 +243,9 @@ FASTREID_VI_CLONES void match_rows(const A* gram, const A* inverse_q, const A* i
 // loses along itself, because cosines do not see its norm. P is as saved; its rows sum to one only
 // nearly, and what all dP of a row share must still cancel.
 template <typename T, typename A>
-FASTREID_VI_CLONES void match_gradient(A* d, const T* p, const A* lse, const A* inverse_q,
-                                       const A* inverse_k, int64_t size, A temperature, A* radial_q,
-                                       A* radial_k) {
+FASTREID_VI_CLONES void match_gradient(A* d, const T* p, const A* lse, const double* inverse_q,
+                                       const double* inverse_k, int64_t size, A temperature,
+                                       A* radial_q, A* radial_k) {
   std::vector<double> sums(static_cast<size_t>(2 * size));
   double *column = sums.data(), *along = column + size;
   for (int64_t i = 0; i < size; ++i) {
@@ -253,7 +254,7 @@ FASTREID_VI_CLONES void match_gradient(A* d, const T* p, const A* lse, const A* 
     double shared = 0, total = 0, radial = 0;
     for (int64_t j = 0; j < size; ++j) {
       const A value = static_cast<A>(prob[j]);
-      shared += static_cast<double>(value * row[j]);
+      shared += static_cast<double>(value) * static_cast<double>(row[j]);
       total += static_cast<double>(value);
     }
     const A mean = static_cast<A>(shared / total);
@@ -266,11 +267,11 @@ FASTREID_VI_CLONES void match_gradient(A* d, const T* p, const A* lse, const A* 
       column[j] += along[j];
     }
     for (int64_t j = 0; j < size; ++j) radial += along[j];
-    for (int64_t j = 0; j < size; ++j) row[j] *= inverse_q[i] * inverse_k[j];
-    radial_q[i] = static_cast<A>(radial) * inverse_q[i] * inverse_q[i];
+    for (int64_t j = 0; j < size; ++j) row[j] *= static_cast<A>(inverse_q[i] * inverse_k[j]);
+    radial_q[i] = static_cast<A>(radial * inverse_q[i] * inverse_q[i]);
   }
   for (int64_t j = 0; j < size; ++j) {
-    radial_k[j] = static_cast<A>(column[j]) * inverse_k[j] * inverse_k[j];
+    radial_k[j] = static_cast<A>(column[j] * inverse_k[j] * inverse_k[j]);
   }
 }
 

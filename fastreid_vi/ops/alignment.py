@@ -320,6 +320,7 @@ _align = register(
     verify=_verify_align,
     setup_context=_align_save,
     backward=_align_gradient,
+    backends=("cpu",),
 )
 _align_backward = register(
     "align_features_backward",
@@ -327,6 +328,7 @@ _align_backward = register(
     " float temperature) -> Tensor",
     reference=_align_backward_reference,
     fake=lambda grad, features, *rest: _map_like(features),
+    backends=("cpu",),
 )
 _dense = register(
     "dense_alignment",

@@ -86,7 +86,7 @@ class MatchingContract(OpContract):
 
     def inputs(self, case: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         shape, count, index, masks = case
-        target = person(count, *shape[1:]) + 0.1 * seeded(count, *shape[1:])
+        target = (person(count, *shape[1:]) + 0.1 * seeded(count, *shape[1:])).flip(1)
         return seeded(*shape), target, None if index is None else torch.tensor(index).long(), masks
 
 
