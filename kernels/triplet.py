@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
+from fastreid_vi.kernels.gram import CHUNK, prefers_products, strips_of_pairs
 from fastreid_vi.kernels.pairs import (
     SMALL,
     added,
     dense,
     farthest,
     last_arrival,
-    pair_parts,
     root,
     total_terms,
 )
@@ -75,16 +75,48 @@ def _pair_distance(
 
 
 @triton.jit
+def _settled(
+    best, row_ptr, norms_ptr, others_ptr, label, x_row, y_ptr, columns, size, stride_y,
+    POSITIVE: tl.constexpr, METRIC: tl.constexpr,
+    BLOCK: tl.constexpr, LENGTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Farthest positive (nearest negative) of those that rounding cannot tell from the `best`.
+
+    Their distances are taken from the differences: ties are true ones, and the first index wins.
+    """
+    value, index = tl.full([], float("-inf"), ACC), tl.full([], 0, tl.int32) + columns
+    for first in range(0, columns, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        square = tl.load(row_ptr + j, mask=j < columns, other=0.0)
+        noise = (tl.abs(square) + tl.load(norms_ptr + j, mask=j < columns, other=0.0)) * 1e-5
+        same = tl.load(others_ptr + j, mask=j < columns, other=0) == label
+        among = (j < columns) & (same if POSITIVE else same == 0)
+        reached = (square if POSITIVE else -square) >= best - noise
+        close = among & (reached | (square != square))
+        at = tl.min(tl.where(close, j, columns), axis=0)
+        while at < columns:
+            y_row = y_ptr + at.to(tl.int64) * stride_y
+            d = _pair_distance(x_row, y_row, size, METRIC, LENGTH, ACC)[1]
+            d = d if POSITIVE else -d
+            take = (index >= columns) | (d > value) | ((d != d) & (value == value))
+            value, index = tl.where(take, d, value), tl.where(take, at, index)
+            at = tl.min(tl.where(close & (j > at), j, columns), axis=0)
+    return value, index
+
+
+@triton.jit
 def _hardest_kernel(
     parts_ptr, norms_ptr, x_ptr, y_ptr, labels_ptr, others_ptr, terms_ptr, ticket_ptr,
     loss_ptr, correct_ptr, positive_ptr, negative_ptr, weight_ptr,
     begin, rows, columns, size, parts, anchors, stride_x, stride_y,
     margin: tl.constexpr,  # a float argument would arrive as float32
-    METRIC: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, ACC: tl.constexpr,
+    METRIC: tl.constexpr, GRAM: tl.constexpr,
+    BLOCK: tl.constexpr, LENGTH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Farthest positive and nearest negative of an anchor, its hinge and weight: one program each.
 
-    The parts hold the anchors from `begin` on. Of all programs, the last one adds the hinges.
+    The parts hold the anchors from `begin` on; GRAM: squared distances (of unit rows: cosine) from
+    products, good enough to find candidates. Of all programs, the last one adds the hinges.
     """
     row = tl.program_id(0)
     i = begin + row
@@ -96,18 +128,28 @@ def _hardest_kernel(
         inside = j < columns
         at = row.to(tl.int64) * columns + j
         d = added(parts_ptr, at, inside, parts, tl.cast(rows, tl.int64) * columns, ACC)
-        if METRIC == "cosine":  # up to the norm of the anchor, which changes no order
+        if METRIC == "cosine" and not GRAM:  # up to the norm of the anchor, which changes no order
             d = -d / _length(added(norms_ptr, j, inside, parts, columns, ACC))[0]
-        if METRIC == "euclidean":
+        if METRIC == "euclidean" and not GRAM:
             d = root(d)
         same = tl.load(others_ptr + j, mask=inside, other=0) == label
         near, p = farthest(near, p, d, inside & same, j, columns, ACC)
         far, n = farthest(far, n, -d, inside & (same == 0), j, columns, ACC)
+    x_row = x_ptr + tl.cast(i, tl.int64) * stride_x
+    if GRAM:
+        row_ptr = parts_ptr + row.to(tl.int64) * columns
+        near, p = _settled(
+            near, row_ptr, norms_ptr, others_ptr, label, x_row, y_ptr, columns, size, stride_y,
+            True, METRIC, BLOCK, LENGTH, ACC,
+        )  # fmt: skip
+        far, n = _settled(
+            far, row_ptr, norms_ptr, others_ptr, label, x_row, y_ptr, columns, size, stride_y,
+            False, METRIC, BLOCK, LENGTH, ACC,
+        )  # fmt: skip
     valid = (p < columns) & (n < columns)
     p, n = tl.where(p < columns, p, 0).to(tl.int64), tl.where(n < columns, n, 0).to(tl.int64)
     far = -far
-    if METRIC == "cosine":
-        x_row = x_ptr + tl.cast(i, tl.int64) * stride_x
+    if METRIC == "cosine" and not GRAM:
         near = _pair_distance(x_row, y_ptr + p * stride_y, size, METRIC, LENGTH, ACC)[1]
         far = _pair_distance(x_row, y_ptr + n * stride_y, size, METRIC, LENGTH, ACC)[1]
     hinge = near - far + margin
@@ -231,9 +273,6 @@ def _mined_gradient_kernel(
         tl.store(dy_ptr + j * size + k, total.to(dy_ptr.dtype.element_ty), mask=k < size)
 
 
-CHUNK = 1024  # components of a row that a program holds at once
-
-
 def batch_hard_triplet_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -256,16 +295,17 @@ def batch_hard_triplet_loss(
         return tuple(output.zero_() for output in outputs)
     ticket = torch.empty(1, dtype=torch.int32, device=x.device)
     terms = weight.new_empty(2, anchors)
-    for begin in range(0, anchors, SMALL):
-        every = anchors <= SMALL
-        strip = x if every else x[begin : begin + SMALL]
-        pairs = pair_parts(strip, y, metric, ticket if begin == 0 else None)
-        _hardest_kernel[(strip.shape[0],)](
+    gram = prefers_products(x, y)
+    for begin, pairs in strips_of_pairs(x, y, metric, ticket):
+        strip = pairs.parts.shape[1]
+        _hardest_kernel[(strip,)](
             pairs.parts, pairs.norms, x, y, labels, others, terms, ticket, *outputs,
-            begin, strip.shape[0], y.shape[0], x.shape[1], pairs.count, anchors,
-            x.stride(0), y.stride(0), margin=margin, METRIC=metric,
+            begin, strip, y.shape[0], x.shape[1], pairs.count, anchors,
+            x.stride(0), y.stride(0), margin=margin, METRIC=metric, GRAM=gram,
             BLOCK=block(y.shape[0], SMALL), LENGTH=block(x.shape[1], CHUNK),
-            ACC=accumulator_kind(x.dtype), **OPTIONS,
+            ACC=accumulator_kind(x.dtype),
+            maxnreg=128,  # left to itself, ptxas aims at 40 registers and spills two
+            **OPTIONS,
         )  # fmt: skip
     return outputs
 

@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
+from fastreid_vi.kernels.gram import strips_of_pairs
 from fastreid_vi.kernels.pairs import (
     SMALL,
     added,
     dense,
     farthest,
     last_arrival,
-    pair_parts,
     root,
     total_terms,
 )
@@ -178,12 +178,10 @@ def weighted_triplet_loss(
         return tuple(output.zero_() for output in outputs)
     ticket = torch.empty(1, dtype=torch.int32, device=x.device)
     terms = slope.new_empty(2, anchors)
-    for begin in range(0, anchors, SMALL):
-        strip = x if anchors <= SMALL else x[begin : begin + SMALL]
-        pairs = pair_parts(strip, x, "euclidean", ticket if begin == 0 else None)
-        _weighted_kernel[(strip.shape[0],)](
-            pairs.parts, labels, terms, ticket, *outputs,
-            begin, strip.shape[0], anchors, pairs.count,
+    for begin, pairs in strips_of_pairs(x, x, "euclidean", ticket):
+        strip = pairs.parts.shape[1]
+        _weighted_kernel[(strip,)](
+            pairs.parts, labels, terms, ticket, *outputs, begin, strip, anchors, pairs.count,
             STABLE=stable, BLOCK=block(anchors, SMALL), ACC=accumulator_kind(x.dtype), **OPTIONS,
         )  # fmt: skip
     return outputs
@@ -206,13 +204,14 @@ def weighted_triplet_loss_backward(
     positive, negative, slope, stats = saved
     wide = x.element_size() == 8
     chunk = block(size, 128 if wide else 256)
-    for begin in range(0, anchors, SMALL):
-        strip = x if anchors <= SMALL else x[begin : begin + SMALL]
-        pairs = pair_parts(strip, x, "euclidean")
-        grid = (triton.cdiv(strip.shape[0], ROWS), triton.cdiv(size, chunk))
+    if anchors == 0:
+        return dx
+    for begin, pairs in strips_of_pairs(x, x, "euclidean"):
+        strip = pairs.parts.shape[1]
+        grid = (triton.cdiv(strip, ROWS), triton.cdiv(size, chunk))
         _weighted_gradient_kernel[grid](
             grad, x, pairs.parts, labels, positive, negative, slope, stats, dx,
-            begin, strip.shape[0], anchors, size, pairs.count, x.stride(0),
+            begin, strip, anchors, size, pairs.count, x.stride(0),
             STABLE=stable, ROWS=ROWS, BLOCK=8 if wide else 16, CHUNK=chunk,
             ACC=accumulator_kind(x.dtype), **OPTIONS,
         )  # fmt: skip

@@ -18,12 +18,12 @@ CASES = {
     "LbA": Case(call=lambda: batch_hard(64, 2048, torch.float32)),
     "MPANet": Case(call=lambda: batch_hard(128, 14336, torch.float32)),
     "AlignGAN": Case(call=lambda: batch_hard(64, 2048, torch.float32, "cosine", columns=64)),
-    "strips": Case(call=lambda: batch_hard(513, 2048, torch.bfloat16, "sqeuclidean")),
+    "strips": Case(call=lambda: batch_hard(513, 2048, torch.bfloat16), matrix=True),
     "float64": Case(call=lambda: batch_hard(64, 2048, torch.float64)),
 }
 
 BUDGETS = {
-    "_hardest_kernel": Budget(registers=255, shared=65536),
-    "_mined_slopes_kernel": Budget(registers=255, shared=65536),
-    "_mined_gradient_kernel": Budget(registers=255, shared=65536),
+    "_hardest_kernel": Budget(registers=72, shared=1024, wide_loads=False),
+    "_mined_slopes_kernel": Budget(registers=64, shared=1024),
+    "_mined_gradient_kernel": Budget(registers=80, shared=1024, wide_stores=True),
 }

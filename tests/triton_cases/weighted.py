@@ -14,11 +14,11 @@ CASES = {
     "LbA": Case(call=lambda: weighted_triplet(64, 2048, torch.float32)),
     "stable": Case(call=lambda: weighted_triplet(128, 2048, torch.float32, stable=True)),
     "bfloat16": Case(call=lambda: weighted_triplet(128, 2048, torch.bfloat16)),
-    "strips": Case(call=lambda: weighted_triplet(513, 2048, torch.float32)),
+    "strips": Case(call=lambda: weighted_triplet(513, 2048, torch.float32), matrix=True),
     "float64": Case(call=lambda: weighted_triplet(64, 2048, torch.float64)),
 }
 
 BUDGETS = {
-    "_weighted_kernel": Budget(registers=255, shared=65536),
-    "_weighted_gradient_kernel": Budget(registers=255, shared=65536),
+    "_weighted_kernel": Budget(registers=64, shared=1024, wide_loads=False),
+    "_weighted_gradient_kernel": Budget(registers=255, shared=16384, wide_stores=True),
 }
