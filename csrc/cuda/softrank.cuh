@@ -239,8 +239,47 @@ __device__ __forceinline__ void soft_rank_row(const Team& team, unsigned char* m
   }
 }
 
-// (g - mean of g over the entry's block) / strength. Entries are sorted by block, then by position,
-// so that each block is summed in one order, by one thread.
+// Means of the blocks of a row whose entries are sorted by block: keys hold block << 16 | entry. A
+// thread sums a run of equal length; what continues the block of the run before it waits at
+// means[first of the run], which no block begins at and so none uses.
+template <typename T, typename Team>
+__device__ __forceinline__ void block_means(const Team& team, const uint32_t* keys, const T* grad,
+                                            double* means, int n) {
+  const int run = (n + Team::size - 1) / Team::size;
+  const int from = team.rank * run < n ? team.rank * run : n, to = from + run < n ? from + run : n;
+  const auto block_at = [&](int k) { return keys[k] >> 16; };
+  int k = from;
+  const auto sum_while = [&](uint32_t block) {
+    double sum = 0;
+    for (; k < to && block_at(k) == block; ++k) sum += widen(grad[keys[k] & 0xFFFF]);
+    return sum;
+  };
+  if (from > 0 && from < to && block_at(from) == block_at(from - 1)) {
+    means[from] = sum_while(block_at(from));
+  }
+  team.sync();
+  while (k < to) {
+    const uint32_t block = block_at(k);
+    const int begin = k;
+    double sum = sum_while(block);
+    int end = k;
+    if (k == to && to < n && block_at(to) == block) {
+      for (int high = n; end < high;) {  // the first entry of a later block
+        const int middle = (end + high) / 2;
+        if (block_at(middle) == block) {
+          end = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      for (int next = to; next < end; next += run) sum += means[next];
+    }
+    means[block] = sum / (end - begin);
+  }
+  team.sync();
+}
+
+// (g - mean of g over the entry's block) / strength.
 template <typename T, typename Team>
 __device__ __forceinline__ void soft_rank_backward_row(const Team& team, unsigned char* memory,
                                                        const T* grad, const int* blocks, T* dvalues,
@@ -269,15 +308,7 @@ __device__ __forceinline__ void soft_rank_backward_row(const Team& team, unsigne
   }
   team.sync();
   bitonic_sort<false>(team, keys, nullptr, padded);
-  for (int k = team.rank; k < n; k += Team::size) {
-    const uint32_t block = keys[k] >> 16;
-    if (k > 0 && keys[k - 1] >> 16 == block) continue;
-    double sum = 0;
-    int end = k;
-    for (; end < n && keys[end] >> 16 == block; ++end) sum += widen(grad[keys[end] & 0xFFFF]);
-    means[block] = sum / (end - k);
-  }
-  team.sync();
+  block_means(team, keys, grad, means, n);
   for (int j = team.rank; j < n; j += Team::size) {
     dvalues[j] = from_double<T>((widen(grad[j]) - means[block_of(j)]) * slope);
   }

@@ -117,9 +117,9 @@ def test_long_rows(emulated: Emulated, dtype):
     check(emulated, x[1:], 1e-4)
 
 
-def test_closed_form_ends_where_blocks_begin(emulated: Emulated):
-    """Two levels: at a spread of n/2 one block, above it two."""
-    n = 40
+@pytest.mark.parametrize("n", [40, 1100])
+def test_closed_form_ends_where_blocks_begin(emulated: Emulated, n):
+    """Two levels: at a spread of n/2 one block, above it two, each of many threads."""
     x = torch.cat([torch.zeros(n // 2), torch.full((n // 2,), n / 2)])[None]
     assert not check(emulated, x, 1.0)[1].any()
     assert set(check(emulated, x * 1.001, 1.0)[1].flatten().tolist()) == {0, n // 2}
