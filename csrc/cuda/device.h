@@ -17,6 +17,9 @@
 // check_launch(), and registration with FASTREID_VI_CUDA_ROOM, all from stream.h. Keep it thin. It
 // is compiled by g++ too: the same op then takes CPU tensors.
 //
+// fastreid_vi/nvrtc/<family>.py and a line in its ROOMS: the same host code in Python, for
+// installations without nvcc. Every test of the kernels runs with it too, and compares.
+//
 // tests/cuda/test_<family>_kernels.py: the contract of the op's own tests through EmulatedRoom
 // (room.py), and what only the kernel knows through the `emulated` fixture: emulated.gem_pool(x, p,
 // eps). Every test runs in three thread orders under a race detector, and once more under the
