@@ -30,9 +30,11 @@ def added(parts_ptr, at, inside, parts, plane, ACC: tl.constexpr):
     """Sum of the parts at some places, in their order; four loads are under way at a time."""
     total = tl.load(parts_ptr + at, mask=inside, other=0.0).to(ACC)
     for begin in range(1, parts, 4):
-        for part in tl.static_range(4):
-            place = parts_ptr + tl.cast(begin + part, tl.int64) * plane + at
-            total += tl.load(place, mask=inside & (begin + part < parts), other=0.0).to(ACC)
+        for ahead in tl.static_range(4):
+            # Of the shape of `at`: the interpreter takes no mask with a scalar in it.
+            part = tl.full(at.shape, begin + ahead, tl.int64)
+            place = parts_ptr + part * plane + at
+            total += tl.load(place, mask=inside & (part < parts), other=0.0).to(ACC)
     return total
 
 
