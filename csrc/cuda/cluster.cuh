@@ -147,7 +147,7 @@ __device__ __forceinline__ void block_gaps(const A* centres, int identities, int
 // given, else first is found here, N at most kClusterRows. Grid (parts, batches of kClusterThreads
 // rows, or one with gaps); a warp takes one identity after another.
 template <typename T>
-__global__ void __launch_bounds__(kClusterThreads)
+__global__ void __launch_bounds__(kClusterThreads, 1)
     cluster_centres_kernel(const T* __restrict__ x, const int64_t* __restrict__ labels,
                            int64_t* __restrict__ first, Accumulator<T>* centres,
                            int* __restrict__ speakers, int* __restrict__ identities,
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kClusterFinishThreads)
 //   e_i = g_pull / N (x_i - c) / radius_i,  dx_i = e_i + (dc - sum of e) / K
 //   dc = - g_push 2 / (P (P - 1)) sum over q with 1e-6 < d_pq < margin of (c_p - c_q) / d_pq
 template <typename T>
-__global__ void __launch_bounds__(kClusterFinishThreads)
+__global__ void __launch_bounds__(kClusterFinishThreads, 1)
     cluster_backward_kernel(const Accumulator<T>* __restrict__ grad_pull,
                             const Accumulator<T>* __restrict__ grad_push, const T* __restrict__ x,
                             const int64_t* __restrict__ first,
@@ -301,8 +301,9 @@ __global__ void __launch_bounds__(kClusterFinishThreads)
       }
     }
     if (pass == 1) break;
+    const A share = A(1) / static_cast<A>(members);
 #pragma unroll
-    for (int e = 0; e < size; ++e) change[e] /= static_cast<A>(members);
+    for (int e = 0; e < size; ++e) change[e] *= share;
   }
 }
 
