@@ -139,8 +139,10 @@ def _runs_everywhere(backend: str, *args: Any) -> str | None:
 def _vmap_rule(name: str, rows: tuple[int, ...]) -> Callable[..., Any]:
     """Fold the mapped axis into the batch where only `rows` are mapped, else map call by call."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        # A list of numbers comes with a list of dimensions, all None.
+        in_dims = tuple(dim if isinstance(dim, int) else None for dim in in_dims)
         mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
         size = info.batch_size
         if mapped <= set(rows):

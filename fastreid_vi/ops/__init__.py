@@ -13,6 +13,7 @@ from fastreid_vi.ops.distance import pairwise_distance
 from fastreid_vi.ops.instance_norm import instance_norm_act
 from fastreid_vi.ops.norm import modality_alleviation
 from fastreid_vi.ops.pool import PatternPool, gem_pool, map_separation_loss, pattern_pool
+from fastreid_vi.ops.resize import resize_normalize
 from fastreid_vi.ops.softrank import cross_modality_retrieval_loss, soft_rank
 from fastreid_vi.ops.triplet import TripletLoss, batch_hard_triplet_loss, weighted_triplet_loss
 
@@ -38,6 +39,7 @@ __all__ = [
     "modality_alleviation",
     "pairwise_distance",
     "pattern_pool",
+    "resize_normalize",
     "soft_rank",
     "weighted_triplet_loss",
 ]
