@@ -14,6 +14,8 @@
 namespace fastreid_vi {
 
 constexpr double kFloor = 1e-12;  // of norms, and of the range of a mask
+// Squared distances that keep less than this share of their terms are taken from differences.
+constexpr double kCancelled = 1e-3;
 
 // The samples of a map. Products read them where they lie; types narrower than the accumulation
 // type are widened to a thread's scratch first, in the same order of axes.

@@ -67,7 +67,7 @@ def align_features(
     True
 
     Spec: lba 3 (warp, reconstruction). Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon. Backends: reference.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon. Backends: cpu.
     """
     _checks.feature_map("features", features)
     _checks.labels_of("index", index, features.shape[0], features.device)
@@ -117,7 +117,7 @@ def dense_alignment(
     True
 
     Spec: lba 3, performance 5.1. Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: reference.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: cpu.
     """
     _checks.feature_map("features", features)
     _checks.labels_of("positive", positive, features.shape[0], features.device)
@@ -340,6 +340,7 @@ _dense = register(
     verify=_verify_dense,
     setup_context=_dense_save,
     backward=_dense_gradient,
+    backends=("cpu",),
 )
 _dense_backward = register(
     "dense_alignment_backward",
@@ -348,4 +349,5 @@ _dense_backward = register(
     " float temperature, float eps) -> Tensor",
     reference=_dense_backward_reference,
     fake=lambda grad_aligned, grad_loss, features, *rest: _map_like(features),
+    backends=("cpu",),
 )

@@ -38,7 +38,7 @@ class TestDenseTriplet(OpContract):
         shape, weighting, margin = case
         anchor = person(*shape)
         nearby = seeded(*shape)
-        return anchor, anchor + 0.3 * nearby, anchor - 0.3 * nearby.flip(1), weighting, margin
+        return anchor, anchor + 0.4 * nearby, anchor - 0.3 * nearby.flip(1), weighting, margin
 
     def call(self, *args: Any) -> Any:
         maps, weighting, margin = args[:3], args[3], args[4]
