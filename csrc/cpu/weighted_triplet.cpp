@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/elementary.h"
 #include "cpu/mining.h"
 #include "cpu/pairs.h"
 
@@ -24,28 +25,69 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kWeightEps = 1e-6;   // joins the sum of the weights
+constexpr int64_t kBlock = 128;       // pairs whose terms are held at once
 constexpr std::ptrdiff_t kStats = 6;  // m+, 1/S+, f+, m-, 1/S-, f-
 
-// f = sum of weight * distance over a softmax, 1 / (sum of the weights + eps), and its shift m.
+// Sums over the positives or the negatives of an anchor: of e = exp(+-d - shift), and of e d.
 template <typename A>
-struct Soft {
-  A shift, inverse, mean;
+struct Sums {
+  A weight = 0, moment = 0;
 };
 
-// The soft extreme of the distances whose label is (`same`) or is not the anchor's.
+// same[k] = 1 for rows of the anchor's label, else 0: products with it vectorise, choices do not.
 template <typename A>
-Soft<A> soft_extreme(const A* distance, const int64_t* labels, int64_t count, int64_t label,
-                     bool same, A shift) {
-  double sum = 0, moment = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    if ((labels[j] == label) != same) continue;
-    const A e = std::exp((same ? distance[j] : -distance[j]) - shift);
-    sum += static_cast<double>(e);
-    moment += static_cast<double>(e * distance[j]);
-  }
-  const double inverse = 1 / (sum + kWeightEps);
-  return {shift, static_cast<A>(inverse), static_cast<A>(moment * inverse)};
+[[gnu::always_inline]] inline void compare(const int64_t* labels, int64_t label, int64_t width,
+                                           A* same) {
+  for (int64_t k = 0; k < width; ++k) same[k] = labels[k] == label ? A(1) : A(0);
 }
+
+template <typename A>
+[[gnu::always_inline]] inline A weight_of(A d, A same, A over, A under) {
+  const A exponent = (2 * same - 1) * d - (same * over + (1 - same) * under);
+  return fastreid_vi::exponential(exponent);
+}
+
+// Both sums in one sweep, in lanes; the exponents are not positive.
+template <typename A>
+FASTREID_VI_CLONES void soft_sums(const A* distance, const int64_t* labels, int64_t count,
+                                  int64_t label, A over, A under, Sums<A>* positive,
+                                  Sums<A>* negative) {
+  constexpr int64_t kLanes = 16;
+  A weights[kLanes] = {}, moments[kLanes] = {}, others[kLanes] = {}, distances[kLanes] = {};
+  for (int64_t j = 0; j < count; j += kBlock) {
+    const int64_t width = std::min(kBlock, count - j);
+    A same[kBlock] = {}, e[kBlock] = {}, d[kBlock] = {};
+    std::copy(distance + j, distance + j + width, d);
+    compare(labels + j, label, width, same);
+    for (int64_t k = 0; k < width; ++k) e[k] = weight_of(d[k], same[k], over, under);
+    for (int64_t first = 0; first < width; first += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const A near = same[first + k] * e[first + k], far = e[first + k] - near;
+        weights[k] += near;
+        others[k] += far;
+        moments[k] += near * d[first + k];
+        distances[k] += far * d[first + k];
+      }
+    }
+  }
+  for (int64_t k = 0; k < kLanes; ++k) {
+    positive->weight += weights[k], positive->moment += moments[k];
+    negative->weight += others[k], negative->moment += distances[k];
+  }
+}
+
+// A softmax over the positives or the negatives: its shift m, 1 / (sum of the weights + eps), and
+// f = sum of weight * distance.
+template <typename A>
+struct Soft {
+  A shift = 0, inverse = 0, mean = 0;
+
+  Soft() = default;
+  Soft(A shift, const Sums<A>& sums)
+      : shift(shift),
+        inverse(1 / (sums.weight + static_cast<A>(kWeightEps))),
+        mean(sums.moment * inverse) {}
+};
 
 using WeightedLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -69,11 +111,11 @@ WeightedLoss weighted_triplet_loss(const Tensor& embeddings, const Tensor& label
     std::vector<char> right(static_cast<size_t>(n));
     const auto weigh = [&](int64_t i, const A* distance) {
       const Mined<A> mined = fastreid_vi::mine(distance, label, n, label[i]);
-      const auto over = soft_extreme(distance, label, n, label[i], true, mined.near);
-      Soft<A> under{0, 0, 0};
-      if (mined.valid()) {
-        under = soft_extreme(distance, label, n, label[i], false, stable ? -mined.far : A(0));
-      }
+      Sums<A> positives, negatives;
+      const A least = stable && mined.valid() ? -mined.far : A(0);
+      soft_sums(distance, label, n, label[i], mined.near, least, &positives, &negatives);
+      const Soft<A> over(mined.near, positives);
+      const Soft<A> under = mined.valid() ? Soft<A>(least, negatives) : Soft<A>();
       const A gap = over.mean - under.mean, decay = std::exp(-std::abs(gap));
       const A sigmoid = (gap < 0 ? decay : A(1)) / (1 + decay);
       terms[static_cast<size_t>(i)] =
@@ -101,49 +143,90 @@ WeightedLoss weighted_triplet_loss(const Tensor& embeddings, const Tensor& label
   return {loss, correct, positive, negative, slope, stats};
 }
 
-// What the forward pass knows of every anchor.
+// What the forward pass knows of every anchor, one array each: of its positives and its negatives.
 template <typename A>
 struct Anchors {
-  const int64_t *label, *positive, *negative;
-  const A *slope, *stats;
-  A grad;
-  bool stable;
+  struct Side {
+    std::vector<A> shift, inverse, mean;
+    std::vector<A> through;  // what the eps lets through to the shift
+    const int64_t* partner;  // the pair that gives the shift
+  };
+  const int64_t* label;
+  Side positive, negative;
+  std::vector<A> slope;  // dL / d(f+ - f-)
 
-  // dL / dD_ij of anchor i. The eps in the denominators lets a little of the gradient through the
-  // shifts.
-  A pair(int64_t i, int64_t j, A d) const {
-    const A* s = stats + i * kStats;
+  Anchors(const int64_t* label, const int64_t* far, const int64_t* near, const A* rise,
+          const A* stats, A grad, bool stable, int64_t count)
+      : label(label), positive{{}, {}, {}, {}, far}, negative{{}, {}, {}, {}, near} {
     const A eps = static_cast<A>(kWeightEps);
-    if (slope[i] == 0) return 0;
-    if (label[i] == label[j]) {
-      const A through = j == positive[i] ? s[2] * eps * s[1] : A(0);
-      return grad * slope[i] * (std::exp(d - s[0]) * s[1] * (1 + d - s[2]) - through);
+    for (int64_t i = 0; i < count; ++i) {
+      const A* s = stats + i * kStats;
+      slope.push_back(grad * rise[i]);
+      for (Side* side : {&positive, &negative}) {
+        side->shift.push_back(s[0]), side->inverse.push_back(s[1]), side->mean.push_back(s[2]);
+        const bool shifts = side == &positive || stable;
+        side->through.push_back(shifts ? s[2] * eps * s[1] : A(0));
+        s += kStats / 2;
+      }
     }
-    const A through = stable && j == negative[i] ? s[5] * eps * s[4] : A(0);
-    return -grad * slope[i] * (std::exp(-d - s[3]) * s[4] * (1 - d + s[5]) + through);
   }
 };
 
-// Turns distances of rows [first, first + rows) to all into the coefficients of their differences.
-// Those of all rows are symmetric: each pair is computed once, and long and short rows alternate so
-// that threads get equal shares.
+// What the eps lets through to the shift, for pairs of i with rows [first, first + width).
 template <typename A>
-void push_and_pull(const Anchors<A>& anchors, int64_t first, int64_t rows, int64_t count,
-                   A* matrix) {
-  const bool symmetric = rows == count;
+[[gnu::always_inline]] inline void let_through(const Anchors<A>& anchors, int64_t i, int64_t first,
+                                               int64_t width, A* own, A* other) {
+  const auto &up = anchors.positive, &down = anchors.negative;
+  const auto at = static_cast<size_t>(i);
+  const int64_t *ups = up.partner + first, *downs = down.partner + first;
+  const A *through_up = up.through.data() + first, *through_down = down.through.data() + first;
+  for (int64_t k = 0; k < width; ++k) {
+    own[k] = 0;
+    const A near = through_up[k], far = through_down[k];
+    other[k] = (ups[k] == i ? near : A(0)) + (downs[k] == i ? far : A(0));
+  }
+  const int64_t mine = up.partner[i] - first, theirs = down.partner[i] - first;
+  if (mine >= 0 && mine < width) own[mine] += up.through[at];
+  if (theirs >= 0 && theirs < width) own[theirs] += down.through[at];
+}
+
+// Turns the distances of x_i to all rows into the coefficients of their differences:
+// (c_ij + c_ji) / d_ij with c_ij = dL / d d_ij of anchor i.
+template <typename A>
+FASTREID_VI_CLONES void push_and_pull(const Anchors<A>& anchors, int64_t i, int64_t count, A* row) {
+  const auto &up = anchors.positive, &down = anchors.negative;
   const A clamped = std::sqrt(static_cast<A>(fastreid_vi::kSquareFloor));
-  fastreid_vi::parallel(rows, 32 * count, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = !symmetric ? item : item % 2 ? rows - 1 - item / 2 : item / 2;
-      for (int64_t j = symmetric ? i : 0; j < count; ++j) {
-        const A d = matrix[i * count + j];
-        const A both = anchors.pair(first + i, j, d) + anchors.pair(j, first + i, d);
-        const A coefficient = d <= clamped ? A(0) : both / d;
-        matrix[i * count + j] = coefficient;
-        if (symmetric) matrix[j * count + i] = coefficient;
-      }
+  const auto at = static_cast<size_t>(i);
+  const auto one = [](A d, A same, A over, A under, A above, A below, A far, A near, A through,
+                      A slope) __attribute__((always_inline)) {
+    const A sign = 2 * same - 1, inverse = same * above + (1 - same) * below;
+    const A lag = d - (same * far + (1 - same) * near);
+    return slope * (sign * weight_of(d, same, over, under) * inverse * (1 + sign * lag) - through);
+  };
+  const A over = up.shift[at], under = down.shift[at], above = up.inverse[at],
+          below = down.inverse[at], far = up.mean[at], near = down.mean[at],
+          slope = anchors.slope[at];
+  for (int64_t j = 0; j < count; j += kBlock) {
+    const int64_t width = std::min(kBlock, count - j);
+    A same[kBlock], own[kBlock], other[kBlock], *d = row + j;
+    compare(anchors.label + j, anchors.label[i], width, same);
+    let_through(anchors, i, j, width, own, other);
+    const A *overs = up.shift.data() + j, *unders = down.shift.data() + j,
+            *aboves = up.inverse.data() + j, *belows = down.inverse.data() + j,
+            *fars = up.mean.data() + j, *nears = down.mean.data() + j,
+            *slopes = anchors.slope.data() + j;
+    for (int64_t k = 0; k < width; ++k) {
+      own[k] = one(d[k], same[k], over, under, above, below, far, near, own[k], slope);
     }
-  });
+    for (int64_t k = 0; k < width; ++k) {
+      other[k] = one(d[k], same[k], overs[k], unders[k], aboves[k], belows[k], fars[k], nears[k],
+                     other[k], slopes[k]);
+    }
+    for (int64_t k = 0; k < width; ++k) {
+      const A coefficient = (own[k] + other[k]) / d[k];
+      d[k] = d[k] <= clamped ? A(0) : coefficient;
+    }
+  }
 }
 
 Tensor weighted_triplet_loss_backward(const Tensor& grad, const Tensor& embeddings,
@@ -158,20 +241,20 @@ Tensor weighted_triplet_loss_backward(const Tensor& grad, const Tensor& embeddin
   if (n == 0) return dx;
   fastreid_vi::for_floating(embeddings.scalar_type(), [&]<typename T>() {
     using A = accumulate_t<T>;
-    const Anchors<A> anchors{own.const_data_ptr<int64_t>(),
-                             p.const_data_ptr<int64_t>(),
-                             q.const_data_ptr<int64_t>(),
-                             rise.const_data_ptr<A>(),
-                             stat.const_data_ptr<A>(),
-                             *grad.const_data_ptr<A>(),
-                             stable};
+    const Anchors<A> anchors(own.const_data_ptr<int64_t>(), p.const_data_ptr<int64_t>(),
+                             q.const_data_ptr<int64_t>(), rise.const_data_ptr<A>(),
+                             stat.const_data_ptr<A>(), *grad.const_data_ptr<A>(), stable, n);
     const Rows<A> x = fastreid_vi::rows_of<T>(embeddings, Metric::euclidean);
     const int64_t strip = fastreid_vi::strip_of(n, n);
     const Scratch<A> matrix(strip * n);
     for (int64_t first = 0; first < n; first += strip) {
       const int64_t rows = std::min(strip, n - first);
       fastreid_vi::distances(x, first, rows, x, Metric::euclidean, strip == n, matrix.get(), n);
-      push_and_pull(anchors, first, rows, n, matrix.get());
+      fastreid_vi::parallel(rows, 4 * n, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          push_and_pull(anchors, first + i, n, matrix.get() + i * n);
+        }
+      });
       fastreid_vi::differences(x, first, rows, x, matrix.get(), nullptr,
                                dx.mutable_data_ptr<T>() + first * x.width, x.width);
     }
