@@ -20,6 +20,8 @@ from fastreid_vi.nvrtc.layout import (
     accumulator,
     blocks,
     c_type,
+    indices_of,
+    values_of,
 )
 from fastreid_vi.nvrtc.pairs import PairPanel, PairPlan, RowMatrix, Rows, launch_pairs, rows_of
 
@@ -104,6 +106,7 @@ def center_cluster_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, its two terms, the first row of each identity and each row's distance to its centre."""
     x = rows_of(embeddings, _OP)
+    own = indices_of(_OP, labels, x.shape.rows)
     n, kind, device = int(x.shape.rows), accumulator(embeddings.dtype), embeddings.device
     make = torch.zeros if n == 0 else torch.empty
     loss, pull, push = (make((), dtype=kind, device=device) for _ in range(3))
@@ -113,7 +116,7 @@ def center_cluster_loss(
         return loss, pull, push, first, radius
     clusters = _Clusters(x, radius, radii=True)
     terms = radius.new_empty(2 * n)
-    clusters.find(x, labels.contiguous(), first)
+    clusters.find(x, own, first)
     for panel in clusters.panels():
         _FINISH.launch(
             (C_TYPES[kind],),
@@ -148,10 +151,11 @@ def center_cluster_loss_backward(
     """Gradient of the embeddings; the centres are taken once more."""
     x = rows_of(embeddings, _OP)
     n, columns = int(x.shape.rows), int(x.shape.columns)
+    pull, push = (values_of(_OP, grad, embeddings, 1) for grad in (grad_pull, grad_push))
+    speaker, length = indices_of(_OP, first, n), values_of(_OP, radius, embeddings, n)
     dx = embeddings.new_empty(n, columns)
     if n == 0:
         return dx
-    speaker, length = first.contiguous(), radius.contiguous()
     chunk = _FINISH_THREADS * VECTOR_BYTES // embeddings.element_size()
     clusters = _Clusters(x, length, radii=False)
     clusters.find(x, None, speaker)
@@ -161,8 +165,8 @@ def center_cluster_loss_backward(
             (blocks(panel.rows), -(-columns // chunk)),
             _FINISH_THREADS,
             0,
-            grad_pull.contiguous(),
-            grad_push.contiguous(),
+            pull,
+            push,
             x.tensor,
             speaker,
             length,

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fastreid_vi.nvrtc import compiler, runtime
 from fastreid_vi.nvrtc.kernel import Kernel
-from fastreid_vi.nvrtc.layout import FLAGS, FLOATING, VECTOR_BYTES, accumulator, blocks, c_type
+from fastreid_vi.nvrtc.layout import (
+    FLAGS,
+    FLOATING,
+    VECTOR_BYTES,
+    accumulator,
+    blocks,
+    c_type,
+    check_rank,
+)
 
 _SIZES: Final = (
     compiler.constants("softrank.cuh")
@@ -33,7 +41,13 @@ class _Batch:
     def __init__(
         self, op: str, embeddings: Tensor, labels: Tensor, modalities: Tensor, strength: float
     ) -> None:
+        check_rank(op, "embeddings", embeddings, 2)
         self.rows, self.columns = embeddings.shape
+        for numbers in (labels, modalities):
+            if numbers.dtype != torch.int64 or numbers.shape != (self.rows,):
+                raise RuntimeError(
+                    f"{op}: expected int64 labels and modalities of shape [{self.rows}]"
+                )
         self.kind = accumulator(embeddings.dtype)
         if self.rows > _SIZES["kCmrLongest"]:
             most = _SIZES["kCmrLongest"]
@@ -145,6 +159,8 @@ def cross_modality_retrieval_loss_backward(
 ) -> Tensor:
     """Gradient of the embeddings."""
     op = "cross_modality_retrieval_loss_backward"
+    if grad.numel() != 1 or grad.dtype != accumulator(embeddings.dtype):
+        raise RuntimeError(f"{op}: expected one grad in the accumulation dtype")
     batch = _Batch(op, embeddings, labels, modalities, strength)
     dx = embeddings.new_empty(batch.rows, batch.columns)
     if dx.numel() == 0:

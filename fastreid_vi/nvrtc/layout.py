@@ -23,7 +23,31 @@ WARP: Final = 32
 
 def c_type(tensor: Tensor) -> str:
     """The device type of a floating tensor's elements."""
+    if tensor.dtype not in C_TYPES:
+        raise RuntimeError(f"expected a floating dtype, got {tensor.dtype}")
     return C_TYPES[tensor.dtype]
+
+
+def check_rank(op: str, name: str, tensor: Tensor, rank: int) -> None:
+    """Refuse a tensor of another rank."""
+    if tensor.dim() != rank:
+        raise RuntimeError(f"{op}: expected {name} of rank {rank}, got {tensor.dim()}")
+
+
+def indices_of(op: str, tensor: Tensor, count: int) -> Tensor:
+    """Contiguous int64 labels or row numbers, `count` of them."""
+    if tensor.dtype != torch.int64 or tensor.shape != (count,):
+        raise RuntimeError(f"{op}: expected int64 labels or indices, one for each of {count} rows")
+    return tensor.contiguous()
+
+
+def values_of(op: str, tensor: Tensor, like: Tensor, count: int) -> Tensor:
+    """`count` contiguous values in the accumulation dtype of `like`."""
+    if tensor.dtype != accumulator(like.dtype) or tensor.numel() != count:
+        raise RuntimeError(
+            f"{op}: expected {count} values in the accumulation dtype of the embeddings"
+        )
+    return tensor.contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreid_vi.nvrtc import compiler
 from fastreid_vi.nvrtc.kernel import Kernel
-from fastreid_vi.nvrtc.layout import FLAGS, FLOATING, VECTOR_BYTES, c_type
+from fastreid_vi.nvrtc.layout import FLAGS, FLOATING, VECTOR_BYTES, c_type, check_rank
 
 _SIZES: Final = compiler.constants("pairs.cuh")
 _TILE: Final = _SIZES["kPairTile"]
@@ -52,6 +52,7 @@ class Rows(NamedTuple):
 
 def rows_of(x: Tensor, op: str) -> Rows:
     """See embeddings as rows; copies them where their stride does not allow that."""
+    check_rank(op, "embeddings", x, 2)
     count, columns = x.shape
     if max(count, columns) > (2**31 - 1) // 4:
         raise RuntimeError(f"{op}: expected fewer than 2^29 rows and columns")

@@ -19,6 +19,7 @@ from fastreid_vi.nvrtc.layout import (
     accumulator,
     blocks,
     c_type,
+    check_rank,
     empty_like_map,
     feature_map,
 )
@@ -45,6 +46,7 @@ class _Strides(ctypes.Structure):
 
 def gem_pool(features: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
     """Pooled features and the moments that backward needs."""
+    check_rank("gem_pool", "features", features, 4)
     rows = feature_map(features)
     pooled = features.new_empty(rows.batches, rows.channels)
     kind = accumulator(features.dtype)
@@ -70,6 +72,17 @@ def gem_pool(features: Tensor, p: float, eps: float) -> tuple[Tensor, Tensor]:
 
 def gem_pool_backward(grad: Tensor, features: Tensor, moment: Tensor, p: float) -> Tensor:
     """Gradient of the features."""
+    op = "gem_pool_backward"
+    check_rank(op, "features", features, 4)
+    if grad.dtype != features.dtype or moment.dtype != accumulator(features.dtype):
+        raise RuntimeError(
+            f"{op}: expected grad like features and moment in their accumulation dtype"
+        )
+    shape = features.shape[:2]
+    if not (grad.is_contiguous() and moment.is_contiguous()) or {grad.shape, moment.shape} != {
+        shape
+    }:
+        raise RuntimeError(f"{op}: expected contiguous grad and moment of shape [B, C]")
     rows = feature_map(features)
     dx = empty_like_map(features)
     if dx.numel() == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreid_vi.nvrtc import compiler, runtime
 from fastreid_vi.nvrtc.kernel import Kernel
-from fastreid_vi.nvrtc.layout import FLOATING, WARP, blocks, c_type
+from fastreid_vi.nvrtc.layout import FLOATING, WARP, blocks, c_type, check_rank
 
 _SIZES: Final = compiler.constants("softrank.cuh")
 _INSTANCES: Final = tuple((t,) for t in FLOATING)
@@ -30,6 +30,7 @@ class _Plan(NamedTuple):
 
 def soft_rank(values: Tensor, strength: float, descending: bool) -> tuple[Tensor, Tensor]:
     """Ranks, and the block of each entry."""
+    check_rank("soft_rank", "values", values, 2)
     rows, n = values.shape
     ranks = values.new_empty(rows, n)
     pooled = values.new_empty(rows, n, dtype=torch.int32)
@@ -56,6 +57,10 @@ def soft_rank(values: Tensor, strength: float, descending: bool) -> tuple[Tensor
 
 def soft_rank_backward(grad: Tensor, blocks: Tensor, strength: float, descending: bool) -> Tensor:
     """Gradient of the values."""
+    if grad.dim() != 2 or grad.shape != blocks.shape:
+        raise RuntimeError("soft_rank_backward: expected grad and blocks of one shape [R, n]")
+    if blocks.dtype != torch.int32:
+        raise RuntimeError("soft_rank_backward: expected int32 blocks")
     rows, n = grad.shape
     dvalues = grad.new_empty(rows, n)
     if dvalues.numel() == 0:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastreid_vi.nvrtc import compiler
 from fastreid_vi.nvrtc.kernel import Kernel, floating
-from fastreid_vi.nvrtc.layout import FLOATING, VECTOR_BYTES, accumulator, blocks, c_type
+from fastreid_vi.nvrtc.layout import (
+    FLOATING,
+    VECTOR_BYTES,
+    accumulator,
+    blocks,
+    c_type,
+    indices_of,
+    values_of,
+)
 from fastreid_vi.nvrtc.pairs import PairPlan, Rows, launch_pairs, rows_of
 
 _OP: Final = "batch_hard_triplet_loss"
@@ -32,9 +40,16 @@ def batch_hard_triplet_loss(
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, correct anchors, the mined pairs and the weight of each anchor."""
+    if (references is None) != (reference_labels is None):
+        raise RuntimeError(f"{_OP}: expected references and reference_labels, or neither")
+    _metric(metric)
     x = rows_of(embeddings, _OP)
-    r = x if references is None else rows_of(references, _OP)
+    r = _references(references, x)
     n, kind = x.shape.rows, accumulator(embeddings.dtype)
+    own = indices_of(_OP, labels, n)
+    other = own
+    if reference_labels is not None:
+        other = indices_of(_OP, reference_labels, r.shape.rows)
     make = torch.zeros if n == 0 or r.shape.rows == 0 else torch.empty
     device, index = embeddings.device, torch.int64
     loss, correct = make((), dtype=kind, device=device), make((), dtype=index, device=device)
@@ -43,8 +58,6 @@ def batch_hard_triplet_loss(
     if make is torch.zeros:
         return loss, correct, positive, negative, weight
 
-    own = labels.contiguous()
-    other = own if reference_labels is None else reference_labels.contiguous()
     cosine, wide = metric == "cosine", x.fits_vectors and r.fits_vectors
     plan = PairPlan(x.shape, r.shape, references is None)
     partial = weight.new_empty(plan.scratch)
@@ -75,7 +88,7 @@ def batch_hard_triplet_loss(
             r.shape,
             panel,
             floating(kind, margin),
-            ctypes.c_int(_METRICS[metric]),
+            _metric(metric),
             ctypes.c_bool(references is None),
             ctypes.c_bool(wide),
         )
@@ -92,17 +105,37 @@ def batch_hard_triplet_loss_backward(
     metric: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the embeddings and of the references."""
+    _metric(metric)
     x = rows_of(embeddings, _OP)
-    r = x if references is None else rows_of(references, _OP)
+    r = _references(references, x)
     n, m, columns = x.shape.rows, r.shape.rows, x.shape.columns
+    near, far = (indices_of(_OP, t, n) for t in (positive, negative))
+    scale, slope = values_of(_OP, weight, embeddings, n), values_of(_OP, grad, embeddings, 1)
     empty = n == 0 or m == 0
     make = embeddings.new_zeros if empty else embeddings.new_empty
     dx = make((n, columns))
     dr = embeddings.new_empty(0) if references is None else make((m, columns))
     if not empty:
-        near, far = positive.contiguous(), negative.contiguous()
-        _gradients(grad, x, r, near, far, weight.contiguous(), metric, dx, dr)
+        _gradients(slope, x, r, near, far, scale, metric, dx, dr)
     return dx, dr
+
+
+def _metric(name: str) -> ctypes.c_int:
+    if name not in _METRICS:
+        raise RuntimeError(f"{_OP}: expected a known metric, got {name}")
+    return ctypes.c_int(_METRICS[name])
+
+
+def _references(references: Tensor | None, x: Rows) -> Rows:
+    """The references' rows, the embeddings' own where there are none."""
+    if references is None:
+        return x
+    r = rows_of(references, _OP)
+    if r.shape.columns != x.shape.columns or r.tensor.dtype != x.tensor.dtype:
+        raise RuntimeError(
+            f"{_OP}: expected references with the columns and dtype of the embeddings"
+        )
+    return r
 
 
 def _gradients(
@@ -127,7 +160,7 @@ def _gradients(
         blocks(2 * n),
         _GRADIENT_THREADS,
         0,
-        grad.contiguous(),
+        grad,
         x.tensor,
         r.tensor,
         positive,
@@ -136,7 +169,7 @@ def _gradients(
         sides,
         x.shape,
         r.shape,
-        ctypes.c_int(_METRICS[metric]),
+        _metric(metric),
         ctypes.c_bool(own),
         wide,
     )

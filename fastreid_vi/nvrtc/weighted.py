@@ -18,6 +18,8 @@ from fastreid_vi.nvrtc.layout import (
     accumulator,
     blocks,
     c_type,
+    indices_of,
+    values_of,
 )
 from fastreid_vi.nvrtc.pairs import PairPlan, launch_pairs, rows_of
 
@@ -33,6 +35,7 @@ def weighted_triplet_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, correct anchors, hardest pairs, slope and statistics of each anchor."""
     x = rows_of(embeddings, _OP)
+    own = indices_of(_OP, labels, x.shape.rows)
     n, kind, device = x.shape.rows, accumulator(embeddings.dtype), embeddings.device
     make = torch.zeros if n == 0 else torch.empty
     loss = make((), dtype=kind, device=device)
@@ -41,7 +44,6 @@ def weighted_triplet_loss(
     slope, stats = make(n, dtype=kind, device=device), make((n, 6), dtype=kind, device=device)
     if n == 0:
         return loss, correct, positive, negative, slope, stats
-    own = labels.contiguous()
     plan = PairPlan(x.shape, x.shape, True)
     partial, terms = slope.new_empty(plan.scratch), slope.new_empty(n)
     counters = slope.new_empty(2, dtype=torch.int32)
@@ -82,13 +84,15 @@ def weighted_triplet_loss_backward(
     """Gradient of the embeddings; distances are taken once more."""
     x = rows_of(embeddings, _OP)
     n, columns = x.shape.rows, x.shape.columns
+    slope_of = values_of(_OP, grad, embeddings, 1)
+    saved = [indices_of(_OP, t, n) for t in (labels, positive, negative)]
+    saved += [values_of(_OP, slope, embeddings, n), values_of(_OP, stats, embeddings, 6 * n)]
     dx = embeddings.new_empty(n, columns)
     if n == 0:
         return dx
     vector = VECTOR_BYTES // embeddings.element_size()
     rows = 4 if vector > 4 else 8  # of a block
     wide = x.fits_vectors
-    saved = [t.contiguous() for t in (labels, positive, negative, slope, stats)]
     plan = PairPlan(x.shape, x.shape, True)
     partial = slope.new_empty(plan.scratch)
     for panel in plan.panels():
@@ -98,7 +102,7 @@ def weighted_triplet_loss_backward(
             (blocks(-(-panel.rows // rows)), -(-columns // (_THREADS * vector))),
             _THREADS,
             0,
-            grad.contiguous(),
+            slope_of,
             x.tensor,
             partial,
             *saved,

@@ -136,8 +136,12 @@ class Alike(Emulated):
         launcher = getattr(importlib.import_module(f"fastreid_vi.nvrtc.{nvrtc.ROOMS[name]}"), name)
 
         def call(*arguments: Any) -> Any:
-            with self.rooms.emulation.recorded() as theirs, self.rooms.emulation.unwatched():
-                expected = room(*arguments)
+            try:
+                with self.rooms.emulation.recorded() as theirs, self.rooms.emulation.unwatched():
+                    expected = room(*arguments)
+            except RuntimeError as error:
+                launcher(*arguments)  # must refuse as well, in words that the test expects
+                raise AssertionError(f"only the .cu refuses: {error}") from error
             with self.emulation.recorded() as ours:
                 result = launcher(*arguments)
             assert ours == theirs, f"{name}: grid, block, shared memory {ours}, of the .cu {theirs}"
