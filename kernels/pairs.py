@@ -12,7 +12,7 @@ from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind
 
 SMALL = 512  # rows up to which all pairs are held at once; beyond, they come in strips
 TILES = {2: (16, 64), 4: (32, 16), 8: (32, 8)}  # by bytes: rows, and components for 16-byte loads
-PROGRAMS = 512  # that share the pairs: enough for 132 processors, few parts to add
+PROGRAMS = 396  # that share the pairs: three on each of 132 processors
 
 
 @triton.jit
@@ -108,7 +108,8 @@ def _pair_parts_kernel(
     total = tl.zeros([TILE, TILE, DEPTH], dtype=ACC)
     y_norm = tl.zeros([TILE, DEPTH], dtype=ACC)
     start = tl.program_id(1) * each
-    for first in range(start, tl.minimum(start + each, size), DEPTH):
+    # Two stages: the next slices are on their way to shared memory while these are subtracted.
+    for first in tl.range(start, tl.minimum(start + each, size), DEPTH, num_stages=2):
         k = (first + lane)[None, :]
         x = tl.load(x_row + k, mask=k < size, other=0.0).to(ACC)
         y = tl.load(y_row + k, mask=k < size, other=0.0).to(ACC)
