@@ -113,9 +113,17 @@ class TestLaunch:
         with pytest.raises(RuntimeError, match=r"launch of kernel<int>: too many"):
             self.launch()
 
+    def test_shared_memory_of_the_tensors_device(self, monkeypatch):
+        cuda = pytest.importorskip("cupy.cuda", reason="CuPy is not installed").runtime
+        asked = cuda.cudaDevAttrMaxSharedMemoryPerBlockOptin
+        monkeypatch.setattr(cuda, "deviceGetAttribute", lambda *given: {(asked, 1): 232448}[given])
+        tensor = SimpleNamespace(device=SimpleNamespace(index=1))
+        assert runtime.CupyRuntime().shared_memory_limit(tensor) == 232448
+
     def test_cupy_still_has_these_functions(self):
         """The names and orders that the replacements above take for granted."""
-        driver = pytest.importorskip("cupy.cuda", reason="CuPy is not installed").driver
+        cuda = pytest.importorskip("cupy.cuda", reason="CuPy is not installed")
+        driver = cuda.driver
         parameters = re.findall(r"\w+(?=[,)])", driver.launchKernel.__doc__.splitlines()[0])
         assert parameters == [
             "f", "grid_dim_x", "grid_dim_y", "grid_dim_z", "block_dim_x", "block_dim_y",
@@ -126,6 +134,10 @@ class TestLaunch:
         )
         assert re.match(r"moduleLoadData\(bytes image", driver.moduleLoadData.__doc__)
         assert re.match(r"moduleGetFunction\(\w+ module, str", driver.moduleGetFunction.__doc__)
+        assert cuda.runtime.setDevice.__doc__ == "setDevice(int device)"
+        assert re.match(
+            r"deviceGetAttribute\(int \w+, int ", cuda.runtime.deviceGetAttribute.__doc__
+        )
 
 
 class Pair(ctypes.Structure):
