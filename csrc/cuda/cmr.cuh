@@ -134,19 +134,32 @@ __global__ void __launch_bounds__(kCmrBatchThreads)
   scales[row] = {A(1) / (held ? floor : norm), held ? A(1) - unit * unit : A(0)};
 }
 
-// Elements column to column + size - 1 of a row, zero past its end.
-template <typename T, typename A, int size>
-__device__ __forceinline__ void load_columns(const T* row, int column, int columns, bool vectors,
-                                             A (&to)[size]) {
-  if (vectors && column + size <= columns) {
-    const Vector<T> v = load_vector(row + column);
+// Some columns of every row of h; zero past the last.
+template <typename T>
+struct CmrColumns {
+  using A = Accumulator<T>;
+  static constexpr int size = Vector<T>::size;
+  const T* x;
+  const CmrScale<A>* scales;
+  int64_t pitch;
+  int column, columns;
+  bool vectors;
+
+  __device__ __forceinline__ void load(int i, A (&h)[size]) const {
+    const T* from = x + i * pitch + column;
+    const A inverse = scales[i].inverse;
+    if (vectors && column + size <= columns) {
+      const Vector<T> v = load_vector(from);
 #pragma unroll
-    for (int i = 0; i < size; ++i) to[i] = widen(v.at[i]);
-  } else {
+      for (int c = 0; c < size; ++c) h[c] = widen(v.at[c]) * inverse;
+    } else {
 #pragma unroll
-    for (int i = 0; i < size; ++i) to[i] = column + i < columns ? widen(row[column + i]) : A(0);
+      for (int c = 0; c < size; ++c) {
+        h[c] = column + c < columns ? widen(from[c]) * inverse : A(0);
+      }
+    }
   }
-}
+};
 
 // Sums, padded to whole blocks of columns and aligned.
 template <typename A, int size>
@@ -206,6 +219,59 @@ __device__ __forceinline__ void count_kept(const CmrBatch& batch) {
   batch.plan[2] = infrared;
 }
 
+// Visible S, infrared S, visible R, infrared R of this thread's rows.
+template <typename T, typename A, int size>
+__device__ __forceinline__ void add_rows(const CmrBatch& batch, const CmrColumns<T>& from,
+                                         A (&sum)[kCmrCommonSums][size]) {
+  A h[size];
+#pragma unroll 2
+  for (int i = threadIdx.x / kCmrGroup; i < batch.count; i += kCmrGroups) {
+    from.load(i, h);
+    const CmrItem item = batch.items[i];
+    const bool infrared = item.modality, kept = batch.kept(item);
+    const A weight = A(batch.matches(item)) / A(batch.gallery_size(item.modality));
+#pragma unroll
+    for (int c = 0; c < size; ++c) {
+      const A weighted = kept ? weight * h[c] : A(0);
+      sum[0][c] += infrared ? A(0) : h[c];
+      sum[1][c] += infrared ? h[c] : A(0);
+      sum[2][c] += infrared ? A(0) : weighted;
+      sum[3][c] += infrared ? weighted : A(0);
+    }
+  }
+}
+
+// A lane's sums over the groups of its warp, into the warp's row of `partial`.
+template <typename A, int size, int width>
+__device__ __forceinline__ void add_groups(A (&sum)[kCmrCommonSums][size],
+                                           A (&partial)[kCmrCommonSums][width]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int s = 0; s < kCmrCommonSums; ++s) {
+#pragma unroll
+    for (int c = 0; c < size; ++c) {
+#pragma unroll
+      for (int lanes = kCmrGroup; lanes < kWarp; lanes *= 2) {
+        sum[s][c] += __shfl_xor_sync(kAllLanes, sum[s][c], lanes);
+      }
+      if (lane < kCmrGroup) partial[s][lane * size + c] = sum[s][c];
+    }
+  }
+}
+
+// The rows begin to end - 1 of the order.
+template <typename T, typename A, int size>
+__device__ __forceinline__ void add_ordered(const CmrBatch& batch, const CmrColumns<T>& from,
+                                            int begin, int end, A (&sum)[size]) {
+  A h[size];
+#pragma unroll 4
+  for (int k = begin; k < end; ++k) {
+    from.load(batch.order[k], h);
+#pragma unroll
+    for (int c = 0; c < size; ++c) sum[c] += h[c];
+  }
+}
+
 // A block takes kCmrColumns columns of all rows; eight lanes take a row, or an identity.
 // Forward: its share of (R . S - sum of Q_c . S_c) for either direction. Backward: the sums
 // themselves, visible S, infrared S, visible R, infrared R, then at 4 + k those of the rows from k
@@ -223,40 +289,14 @@ __global__ void __launch_bounds__(kCmrThreads, 2)
   SHARED_ARRAY(A, total, [kCmrCommonSums][width]);
   DYNAMIC_SHARED(unsigned short, firsts);  // for each row
   const CmrBatch batch(tables, rows);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int group = threadIdx.x / kCmrGroup, slot = threadIdx.x % kCmrGroup * size;
-  const int column = blockIdx.x * width + slot;
+  const int group = threadIdx.x / kCmrGroup;
+  const int column = blockIdx.x * width + threadIdx.x % kCmrGroup * size;
+  const CmrColumns<T> from{x, scales, pitch, column, columns, vectors};
   if (blockIdx.x == 0) count_kept(batch);
 
   A sum[kCmrCommonSums][size] = {};
-  A h[size];
-#pragma unroll 2
-  for (int i = group; i < rows; i += kCmrGroups) {
-    load_columns(x + i * pitch, column, columns, vectors, h);
-    const CmrItem item = batch.items[i];
-    const bool infrared = item.modality, kept = batch.kept(item);
-    const A inverse = scales[i].inverse;
-    const A weight = A(batch.matches(item)) / A(batch.gallery_size(item.modality));
-#pragma unroll
-    for (int c = 0; c < size; ++c) {
-      const A unit = h[c] * inverse, weighted = kept ? weight * unit : A(0);
-      sum[0][c] += infrared ? A(0) : unit;
-      sum[1][c] += infrared ? unit : A(0);
-      sum[2][c] += infrared ? A(0) : weighted;
-      sum[3][c] += infrared ? weighted : A(0);
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < kCmrCommonSums; ++s) {
-#pragma unroll
-    for (int c = 0; c < size; ++c) {
-#pragma unroll
-      for (int lanes = kCmrGroup; lanes < kWarp; lanes *= 2) {
-        sum[s][c] += __shfl_xor_sync(kAllLanes, sum[s][c], lanes);
-      }
-      if (lane < kCmrGroup) partial[warp][s][slot + c] = sum[s][c];
-    }
-  }
+  add_rows(batch, from, sum);
+  add_groups(sum, partial[threadIdx.x / kWarp]);
   __syncthreads();
   for (int i = threadIdx.x; i < kCmrCommonSums * width; i += kCmrThreads) {
     A all = 0;
@@ -273,22 +313,13 @@ __global__ void __launch_bounds__(kCmrThreads, 2)
     const CmrItem item = batch.items[batch.order[first]];
     const bool kept[2] = {batch.identity_kept(item, 0), batch.identity_kept(item, 1)};
     if (!kept[0] && !kept[1]) continue;
+    const int middle = first + item.visible;
     A own[2][size] = {};
-#pragma unroll
-    for (int modality = 0; modality < 2; ++modality) {
-      const int begin = modality ? first + item.visible : first;
-      const int end = begin + (modality ? item.infrared : item.visible);
-#pragma unroll 4
-      for (int k = begin; k < end; ++k) {
-        const int i = batch.order[k];
-        load_columns(x + i * pitch, column, columns, vectors, h);
-        const A inverse = scales[i].inverse;
-#pragma unroll
-        for (int j = 0; j < size; ++j) own[modality][j] += h[j] * inverse;
-      }
-      if constexpr (backward) {
-        store_sums(sums + (kCmrCommonSums + begin) * sums_pitch + column, own[modality]);
-      }
+    add_ordered(batch, from, first, middle, own[0]);
+    add_ordered(batch, from, middle, middle + item.infrared, own[1]);
+    if constexpr (backward) {
+      store_sums(sums + (kCmrCommonSums + first) * sums_pitch + column, own[0]);
+      store_sums(sums + (kCmrCommonSums + middle) * sums_pitch + column, own[1]);
     }
     if constexpr (!backward) {
       double product = 0;

@@ -255,6 +255,40 @@ __device__ __forceinline__ CmrPull<A> cmr_pull(const CmrBatch& batch, const CmrI
   return pull;
 }
 
+// dh of row i at some columns, up to a multiple of h where the projection removes that; h.
+template <typename T, typename A, int size>
+__device__ __forceinline__ void cmr_pulled(const CmrBatch& batch, const CmrPull<A>& pull,
+                                           const CmrColumns<T>& from, int i, const A* slopes,
+                                           int slopes_pitch, A (&h)[size], A (&dh)[size]) {
+  A other[size];
+  from.load(i, h);
+#pragma unroll
+  for (int c = 0; c < size; ++c) dh[c] = 0;
+  const auto add = [&](A weight, const A* sums) {
+    if (weight == 0) return;
+    load_sums(sums + from.column, other);
+#pragma unroll
+    for (int c = 0; c < size; ++c) dh[c] += weight * other[c];
+  };
+  add(pull.by_total, pull.total);
+  add(pull.by_weighted, pull.weighted);
+  add(pull.by_identity, pull.identity);
+  if (pull.as_query == 0 && pull.as_gallery == 0) return;
+  const int place = batch.place[i];
+  const bool held = from.scales[i].slack != 0;
+  for (int g = 0; g < pull.count; ++g) {
+    const int j = pull.others[g];
+    A weight = 0;
+    if (pull.as_query != 0) weight = pull.as_query * slopes[int64_t(i) * slopes_pitch + g];
+    if (pull.as_gallery != 0 && batch.kept(batch.items[j])) {
+      weight += pull.as_gallery * slopes[int64_t(j) * slopes_pitch + place];
+    }
+    from.load(j, other);
+#pragma unroll
+    for (int c = 0; c < size; ++c) dh[c] += weight * (other[c] - (held ? A(0) : h[c]));
+  }
+}
+
 // A block takes a row: dx = (dh - h (h . dh)) / |x|, or dh / floor where the floor holds the norm.
 template <typename T>
 __global__ void __launch_bounds__(kCmrThreads, 2)
@@ -268,57 +302,24 @@ __global__ void __launch_bounds__(kCmrThreads, 2)
   using A = Accumulator<T>;
   constexpr int size = Vector<T>::size;
   const CmrBatch batch(tables, rows);
-  const int i = blockIdx.x, place = batch.place[i];
-  const CmrItem item = batch.items[i];
+  const int i = blockIdx.x;
   const CmrScale<A> scale = scales[i];
-  const CmrPull<A> pull = cmr_pull(batch, item, grad[0], sums, sums_pitch, strength);
-  const bool held = scale.slack != 0;
-  const T* row = x + i * pitch;
-
-  // dh at some columns, up to a multiple of h that the projection removes; h.
-  const auto move = [&](int column, A(&h)[size], A(&dh)[size]) {
-    A sum[size];
-    load_columns(row, column, columns, vectors, h);
-#pragma unroll
-    for (int c = 0; c < size; ++c) {
-      h[c] *= scale.inverse;
-      dh[c] = 0;
-    }
-    const auto add = [&](A weight, const A* from) {
-      if (weight == 0) return;
-      load_sums(from + column, sum);
-#pragma unroll
-      for (int c = 0; c < size; ++c) dh[c] += weight * sum[c];
-    };
-    add(pull.by_total, pull.total);
-    add(pull.by_weighted, pull.weighted);
-    add(pull.by_identity, pull.identity);
-    if (pull.as_query == 0 && pull.as_gallery == 0) return;
-    for (int g = 0; g < pull.count; ++g) {
-      const int j = pull.others[g];
-      A weight = 0;
-      if (pull.as_query != 0) weight = pull.as_query * slopes[int64_t(i) * slopes_pitch + g];
-      if (pull.as_gallery != 0 && batch.kept(batch.items[j])) {
-        weight += pull.as_gallery * slopes[int64_t(j) * slopes_pitch + place];
-      }
-      const A inverse = scales[j].inverse;
-      load_columns(x + j * pitch, column, columns, vectors, sum);
-#pragma unroll
-      for (int c = 0; c < size; ++c) dh[c] += weight * (sum[c] * inverse - (held ? A(0) : h[c]));
-    }
-  };
+  const CmrPull<A> pull = cmr_pull(batch, batch.items[i], grad[0], sums, sums_pitch, strength);
+  CmrColumns<T> from{x, scales, pitch, 0, columns, vectors};
 
   A h[size], dh[size], along = 0;
-  if (!held) {
+  if (scale.slack == 0) {
     for (int column = threadIdx.x * size; column < columns; column += kCmrThreads * size) {
-      move(column, h, dh);
+      from.column = column;
+      cmr_pulled(batch, pull, from, i, slopes, slopes_pitch, h, dh);
 #pragma unroll
       for (int c = 0; c < size; ++c) along += h[c] * dh[c];
     }
     along = block_reduce(along, Sum{});
   }
   for (int column = threadIdx.x * size; column < columns; column += kCmrThreads * size) {
-    move(column, h, dh);
+    from.column = column;
+    cmr_pulled(batch, pull, from, i, slopes, slopes_pitch, h, dh);
     Vector<T> v;
 #pragma unroll
     for (int c = 0; c < size; ++c) v.at[c] = narrow<T>((dh[c] - h[c] * along) * scale.inverse);

@@ -25,6 +25,17 @@ BUDGETS = {
     "gem_pool_positions_kernel": Budget(registers=48),
     "gem_pool_backward_channels_last_kernel": Budget(registers=48, shared=1024, wide_stores=True),
     "gem_pool_backward_positions_kernel": Budget(registers=48, wide_stores=True),
+    # csrc/cuda/pattern_pool.cu
+    "pattern_scores_kernel": Budget(registers=128),
+    "pattern_softmax_kernel": Budget(registers=48, shared=1024, wide_loads=False),
+    "pattern_sums_kernel": Budget(registers=128, shared=8192),
+    "pattern_logit_gradient_kernel": Budget(registers=128, shared=512),
+    "pattern_softmax_gradient_kernel": Budget(registers=40, shared=512, wide_loads=False),
+    "pattern_weight_gradient_kernel": Budget(registers=40, shared=512, wide_loads=False),
+    # All it reads passes through shared memory, transposed.
+    "pattern_features_gradient_kernel": Budget(
+        registers=128, shared=20480, wide_loads=False, wide_stores=True
+    ),
     # csrc/cuda/softrank.cu
     "soft_rank_warp_kernel": Budget(registers=64, wide_stores=True),
     "soft_rank_block_kernel": Budget(registers=64, shared=784, wide_stores=True),
@@ -32,10 +43,10 @@ BUDGETS = {
     "soft_rank_backward_block_kernel": Budget(registers=64, shared=512, wide_stores=True),
     # csrc/cuda/cmr.cu
     "cmr_batch_kernel": Budget(registers=48, shared=512),
-    "cmr_columns_kernel": Budget(registers=80, shared=9632),
+    "cmr_columns_kernel": Budget(registers=96, shared=9632),
     "cmr_loss_kernel": Budget(registers=88, shared=784),
     "cmr_slopes_kernel": Budget(registers=96, shared=784),
-    "cmr_gradient_kernel": Budget(registers=96, shared=256, wide_stores=True),
+    "cmr_gradient_kernel": Budget(registers=112, shared=256, wide_stores=True),
     # csrc/cuda/pairs.cuh, in every file of a pair loss
     "pair_partials_kernel": Budget(registers=232, shared=33792),  # float 128, double 232
     # csrc/cuda/triplet.cu
