@@ -49,10 +49,11 @@ inline Tensor values_of(const Tensor& values, const Tensor& like, int64_t count,
 }
 
 // Panels of rows that are searched one after another. Up to 512 rows there is one; beyond, the
-// matrix of all pairs is never stored: a panel has half of the rows at most, and 2^22 pairs.
+// matrix of all pairs is never stored: a panel has half of the rows at most, 2^22 pairs, and 2^20
+// rows, which a grid's second axis holds.
 struct PairPlan {
   static constexpr int kOnePanel = 512;
-  static constexpr int64_t kPairs = 1 << 22;
+  static constexpr int64_t kPairs = 1 << 22, kRows = 1 << 20;
   static constexpr int64_t kBlocks = 264;  // two for each SM of an H100 or H200
 
   int rows, columns, depth, panel, splits;
@@ -61,7 +62,7 @@ struct PairPlan {
   PairPlan(const RowMatrix& x, const RowMatrix& y, bool self)
       : rows(x.rows), columns(y.rows), panel(x.rows) {
     if (std::max(rows, columns) > kOnePanel) {
-      const int64_t fitting = std::min<int64_t>(kPairs / columns, rows / 2);
+      const int64_t fitting = std::min<int64_t>({kPairs / columns, rows / 2, kRows});
       panel = static_cast<int>(std::max<int64_t>(fitting / kPairTile, 1) * kPairTile);
       panel = std::min(panel, rows);
     }
