@@ -101,7 +101,9 @@ def centres_of(x: Tensor, first: Tensor, counters: Tensor) -> Tensor:
     centres, chunk = x.new_empty(rows, size, dtype=accumulator(x.dtype)), block(size, CHUNK)
     _centres_kernel[(rows, triton.cdiv(size, chunk))](
         x, first, counters, centres, rows, size, x.stride(0),
-        BLOCK=block(rows, SMALL), CHUNK=chunk, ACC=accumulator_kind(x.dtype), **OPTIONS,
+        BLOCK=block(rows, SMALL), CHUNK=chunk, ACC=accumulator_kind(x.dtype),
+        maxnreg=128,  # left to itself, ptxas aims at 40 and spills
+        **OPTIONS,
     )  # fmt: skip
     return centres
 

@@ -213,7 +213,9 @@ def weighted_triplet_loss_backward(
             grad, x, pairs.parts, labels, positive, negative, slope, stats, dx,
             begin, strip, anchors, size, pairs.count, x.stride(0),
             STABLE=stable, ROWS=ROWS, BLOCK=8 if wide else 16, CHUNK=chunk,
-            ACC=accumulator_kind(x.dtype), **OPTIONS,
+            ACC=accumulator_kind(x.dtype),
+            maxnreg=255,  # left to itself, ptxas aims at 128 and spills
+            **OPTIONS,
         )  # fmt: skip
     return dx
 

@@ -20,6 +20,6 @@ CASES = {
 
 BUDGETS = {
     "_first_rows_kernel": Budget(registers=40, shared=1024),
-    "_centres_kernel": Budget(registers=96, shared=1024, wide_stores=True),
+    "_centres_kernel": Budget(registers=96, shared=8192, wide_stores=True),
     "_radii_kernel": Budget(registers=96, shared=1024),
 }

@@ -18,7 +18,7 @@ CASES = {
     "LbA": Case(call=lambda: batch_hard(64, 2048, torch.float32)),
     "MPANet": Case(call=lambda: batch_hard(128, 14336, torch.float32)),
     "AlignGAN": Case(call=lambda: batch_hard(64, 2048, torch.float32, "cosine", columns=64)),
-    "strips": Case(call=lambda: batch_hard(513, 2048, torch.bfloat16), matrix=True),
+    "strips": Case(call=lambda: batch_hard(640, 2048, torch.bfloat16), matrix=True),
     "float64": Case(call=lambda: batch_hard(64, 2048, torch.float64)),
 }
 

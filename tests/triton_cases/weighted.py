@@ -14,7 +14,7 @@ CASES = {
     "LbA": Case(call=lambda: weighted_triplet(64, 2048, torch.float32)),
     "stable": Case(call=lambda: weighted_triplet(128, 2048, torch.float32, stable=True)),
     "bfloat16": Case(call=lambda: weighted_triplet(128, 2048, torch.bfloat16)),
-    "strips": Case(call=lambda: weighted_triplet(513, 2048, torch.float32), matrix=True),
+    "strips": Case(call=lambda: weighted_triplet(640, 2048, torch.float32), matrix=True),
     "float64": Case(call=lambda: weighted_triplet(64, 2048, torch.float64)),
 }
 
