@@ -246,8 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense
     out.loss.mutable_data_ptr<A>()[0] = fastreid_vi::position_losses(
         block.near.data(), block.far.data(), block.comask.data(), batch, size, margin,
         weighting == "batch", out.slopes.mutable_data_ptr<A>());
-    T* comask = out.comask.mutable_data_ptr<T>();
-    for (size_t i = 0; i < block.comask.size(); ++i) comask[i] = static_cast<T>(block.comask[i]);
+    fastreid_vi::convert(block.comask.data(), batch * size, out.comask.mutable_data_ptr<T>());
   });
   return {out.aligned, out.loss, out.comask, out.probability,
           out.lse,     out.gram, out.mask,   out.slopes};

@@ -177,7 +177,7 @@ class BlockGradient {
     if constexpr (std::is_same_v<T, A>) {
       return {p(side, b), size_, size_, size_, 1};
     } else {
-      for (int64_t i = 0; i < all_; ++i) scratch[i] = static_cast<A>(p(side, b)[i]);
+      fastreid_vi::convert(p(side, b), all_, scratch);
       return {scratch, size_, size_, size_, 1};
     }
   }

@@ -33,11 +33,6 @@ Tensor new_mask(const Tensor& features) {
                                   {features.size(0), 1, features.size(2), features.size(3)});
 }
 
-template <typename T, typename A>
-void rounded(const A* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
-
 Tensor feature_mask(const Tensor& features) {
   Tensor out = new_mask(features);
   fastreid_vi::for_floating(features.scalar_type(), [&]<typename T>() {
@@ -47,8 +42,8 @@ Tensor feature_mask(const Tensor& features) {
     const Scratch<A> mask(norms.positions);
     for (int64_t b = 0; b < x.count(); ++b) {
       fastreid_vi::mask_of(norms, b, mask.get());
-      rounded(mask.get(), norms.positions,
-              out.template mutable_data_ptr<T>() + b * norms.positions);
+      fastreid_vi::convert(mask.get(), norms.positions,
+                           out.template mutable_data_ptr<T>() + b * norms.positions);
     }
   });
   return out;
@@ -92,7 +87,7 @@ void match_all(const Tensor& source, const Tensor& target, const Tensor& index,
                               lse_to + b * size);
       if (masks) {
         fastreid_vi::comask_of(p.data, masks + b * size, target_masks + t * size, size, comask);
-        rounded(comask, size, comask_to + b * size);
+        fastreid_vi::convert(comask, size, comask_to + b * size);
       }
       if (!map) continue;
       A* warped = map->work(b, work.get());
@@ -207,7 +202,7 @@ class PairingGradient {
           }
         } else {
           const T* g = grad_p->const_data_ptr<T>() + b * all_;
-          for (int64_t i = 0; i < all_; ++i) d.data[i] = static_cast<A>(g[i]);
+          fastreid_vi::convert(g, all_, d.data);
         }
         q_norms_.inverse(b, true, iq);
         k_norms_.inverse(t, true, ik);

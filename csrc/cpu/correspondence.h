@@ -17,6 +17,12 @@ constexpr double kFloor = 1e-12;  // of norms, and of the range of a mask
 // Squared distances that keep less than this share of their terms are taken from differences.
 constexpr double kCancelled = 1e-3;
 
+// Values in another type, rounded where it is narrower.
+template <typename From, typename To>
+FASTREID_VI_CLONES void convert(const From* __restrict from, int64_t count, To* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
 // The samples of a map. Products read them where they lie; types narrower than the accumulation
 // type are widened to a thread's scratch first, in the same order of axes.
 template <typename T>
@@ -45,9 +51,7 @@ class Samples {
       return laid_out(data(b), stride());
     } else {
       for (int64_t r = 0; r < runs(); ++r) {
-        const T* from = data(b) + r * stride();
-        A* to = scratch + r * width();
-        for (int64_t i = 0; i < width(); ++i) to[i] = static_cast<A>(from[i]);
+        convert(data(b) + r * stride(), width(), scratch + r * width());
       }
       return laid_out(static_cast<const A*>(scratch), width());
     }
@@ -87,8 +91,7 @@ struct Result {
   }
   void finish(int64_t b, const A* scratch) const {
     if constexpr (!std::is_same_v<T, A>) {
-      T* to = data(b);
-      for (int64_t i = 0; i < size; ++i) to[i] = static_cast<T>(scratch[i]);
+      convert(scratch, size, data(b));
     }
   }
 
