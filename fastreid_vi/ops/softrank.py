@@ -247,6 +247,30 @@ def _retrieval_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _retrieval_backward(grad, *ctx.saved_tensors, ctx.strength), None, None, None
 
 
+# What the CUDA rooms hold in shared memory, on every device that they are compiled for.
+LONGEST_ROW = 8192
+LARGEST_BATCH = 16384
+LONGEST_GALLERY = 4096
+
+
+def _soft_rank_refuses(backend: str, values: Tensor, *_: Any) -> str | None:
+    if backend == "cuda" and values.shape[1] > LONGEST_ROW:
+        return f"rows of {values.shape[1]} entries, it ranks up to {LONGEST_ROW}"
+    return None
+
+
+def _retrieval_refuses(backend: str, *args: Any) -> str | None:
+    """Galleries beyond 2 / strength take the closed form, which needs no row in memory."""
+    embeddings, strength = next(a for a in args if isinstance(a, Tensor) and a.dim() == 2), args[-1]
+    if backend != "cuda":
+        return None
+    if embeddings.shape[0] > LARGEST_BATCH:
+        return f"a batch of {embeddings.shape[0]} rows, it takes up to {LARGEST_BATCH}"
+    if min(embeddings.shape[0], 2.0 / strength) > LONGEST_GALLERY:
+        return f"galleries to rank may pass {LONGEST_GALLERY} rows at strength {strength:g}"
+    return None
+
+
 # Registration.
 
 _soft_rank = register(
@@ -255,6 +279,7 @@ _soft_rank = register(
     reference=_soft_rank_reference,
     fake=_soft_rank_fake,
     backends=("cpu", "cuda"),
+    refuses=_soft_rank_refuses,
     verify=_soft_rank_verify,
     setup_context=_soft_rank_save,
     backward=_soft_rank_gradient,
@@ -267,6 +292,7 @@ _soft_rank_backward = register(
     reference=_soft_rank_backward_reference,
     fake=lambda grad, *_: grad.new_empty(grad.shape),
     backends=("cpu", "cuda"),
+    refuses=_soft_rank_refuses,
     rows=(0, 1),
 )
 _retrieval = register(
@@ -275,6 +301,7 @@ _retrieval = register(
     reference=_retrieval_reference,
     fake=lambda embeddings, *_: embeddings.new_empty((), dtype=accumulator(embeddings.dtype)),
     backends=("cpu", "cuda"),
+    refuses=_retrieval_refuses,
     verify=_retrieval_verify,
     setup_context=_retrieval_save,
     backward=_retrieval_gradient,
@@ -286,4 +313,5 @@ _retrieval_backward = register(
     reference=_retrieval_backward_reference,
     fake=lambda grad, embeddings, *_: embeddings.new_empty(embeddings.shape),
     backends=("cpu", "cuda"),
+    refuses=_retrieval_refuses,
 )

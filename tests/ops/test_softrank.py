@@ -12,6 +12,7 @@ from torch import Tensor
 import fastreid_vi
 from fastreid_vi import ops
 from fastreid_vi._checks import NonFiniteError
+from fastreid_vi._dispatch import OPS
 from tests.conftest import golden
 from tests.contract import OpContract, device_of
 from tests.ops.test_pool import seeded, tensor
@@ -225,6 +226,24 @@ def test_nan_is_refused() -> None:
             ops.cross_modality_retrieval_loss(
                 x, torch.arange(6) % 2, torch.arange(6) // 3, strength=strength
             )
+
+
+def test_what_the_cuda_rooms_refuse() -> None:
+    """Shared memory holds one row: longer ones fall to the next room."""
+    ranks, loss = OPS["soft_rank"], OPS["cross_modality_retrieval_loss"]
+    assert ranks.refuses("cuda", torch.empty(2, 8192), 1.0, False) is None
+    assert "rows of 8193 entries" in (ranks.refuses("cuda", torch.empty(2, 8193), 1.0, False) or "")
+    assert ranks.refuses("cpu", torch.empty(2, 8193), 1.0, False) is None
+    index = torch.empty(5000, dtype=torch.int64)
+    batch = (torch.empty(5000, 2), index, index)
+    assert loss.refuses("cuda", *batch, 0.5) is None
+    assert "at strength 0.0001" in (loss.refuses("cuda", *batch, 1e-4) or "")
+    grad = torch.empty(())
+    backward = OPS["cross_modality_retrieval_loss_backward"]
+    assert backward.refuses("cuda", grad, *batch, 0.5) is None
+    assert "at strength" in (backward.refuses("cuda", grad, *batch, 1e-4) or "")
+    wide = (torch.empty(16385, 2), index, index)
+    assert "16385 rows" in (loss.refuses("cuda", *wide, 0.5) or "")
 
 
 @pytest.mark.parametrize(
