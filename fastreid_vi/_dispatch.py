@@ -46,6 +46,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _has_native(name: str, key: str) -> bool:
+    """Whether the compiled library computes the op; an older build may not even know its name."""
+    qualified = f"{NATIVE}::{name}"
+    return hasattr(getattr(torch.ops, NATIVE), name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+    )
+
+
 @dataclass
 class Op:
     """One op and its rooms."""
@@ -74,9 +82,7 @@ class Op:
             found: Callable[..., Any] = getattr(module, self.name)
             return found
         missing = native_missing
-        if missing is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"{NATIVE}::{self.name}", _KEY[backend]
-        ):
+        if missing is None and not _has_native(self.name, _KEY[backend]):
             missing = f"the C++ extension was built without {backend} code for {self.name}"
         if missing is None:
             native: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), self.name).default

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastreid_vi
-from fastreid_vi import _backend, ops
+from fastreid_vi import _backend, _dispatch, ops
 from fastreid_vi._dispatch import OPS, native_missing
 
 X = torch.rand(2, 3, 4, 4)
@@ -28,7 +28,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_compiled_room_is_here_and_comes_first() -> None:
     assert native_missing is None
     assert OPS["gem_pool"].choose(X, 3.0, 1e-12) == "cpu"
-    assert OPS["pairwise_distance"].choose(X[0, 0], X[0, 0], "euclidean") == "reference"
+    young = _dispatch.Op("not_yet", "pool", OPS["gem_pool"].reference, (), OPS["gem_pool"].refuses)
+    assert young.choose(X, 3.0, 1e-12) == "reference"
 
 
 def test_an_override_is_obeyed_and_ends() -> None:
@@ -72,8 +73,14 @@ def test_environment_variable() -> None:
 def test_the_table_lists_every_op_and_gives_reasons() -> None:
     table = fastreid_vi.backends()
     assert table["gem_pool"]["reference"] == table["gem_pool"]["cpu"] == "built"
-    assert table["pairwise_distance"]["cpu"] == "pairwise_distance has no cpu room"
+    assert table["soft_rank"]["triton"] == "soft_rank has no triton room"
     assert {"reference", "cpu", "triton", "cuda"} == set(table["pattern_pool"])
+
+
+def test_an_extension_older_than_the_op() -> None:
+    entry = OPS["gem_pool"]
+    young = _dispatch.Op("not_yet", "pool", entry.reference, ("cpu",), entry.refuses)
+    assert young.room("cpu") == "the C++ extension was built without cpu code for not_yet"
 
 
 def test_without_the_extension_the_reference_runs() -> None:

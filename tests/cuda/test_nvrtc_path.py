@@ -87,6 +87,8 @@ class TestReasons:
                 compiler, "header_folder", lambda major: parts.get("headers", major)
             )
 
+        for op in _dispatch.OPS.values():  # what is found here is forgotten afterwards
+            monkeypatch.setattr(op, "_found", {})
         nvrtc._why_not.cache_clear()
         yield hide
         nvrtc._why_not.cache_clear()
@@ -154,6 +156,6 @@ def fail(message: str) -> Any:
 
 def lacking_cuda(monkeypatch: pytest.MonkeyPatch) -> _dispatch.Op:
     """gem_pool as if nothing was compiled for it on CUDA, nothing remembered."""
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    monkeypatch.setattr(_dispatch, "_has_native", lambda name, key: False)
     op = _dispatch.OPS[ops.gem_pool.__name__]
     return _dispatch.Op(op.name, op.family, op.reference, op.backends, op.refuses)
