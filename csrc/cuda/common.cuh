@@ -43,6 +43,9 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 __device__ __forceinline__ float power(float x, float p) { return powf(x, p); }
 __device__ __forceinline__ double power(double x, double p) { return pow(x, p); }
 
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
 // Sixteen bytes of elements: one load or store of the widest kind.
 template <typename T>
 struct alignas(kVectorBytes) Vector {
@@ -59,6 +62,33 @@ template <typename T>
 __device__ __forceinline__ void store_vector(T* address, const Vector<T>& value) {
   expect_aligned(address, kVectorBytes);
   *reinterpret_cast<Vector<T>*>(address) = value;
+}
+
+// Elements first, first + 1, ... of a row, zero from `end` on. `wide`: all rows and `end` are
+// multiples of 16 bytes.
+template <typename T>
+__device__ __forceinline__ Vector<T> load_part(const T* row, int first, int end, bool wide) {
+  if (wide && first < end) return load_vector(row + first);
+  Vector<T> part;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) {
+    part.at[i] = first + i < end ? row[first + i] : narrow<T>(0);
+  }
+  return part;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_part(T* row, int first, int end, bool wide,
+                                           const Accumulator<T>* values) {
+  if (first >= end) return;
+  Vector<T> part;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) part.at[i] = narrow<T>(values[i]);
+  if (wide) return store_vector(row + first, part);
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) {
+    if (first + i < end) row[first + i] = part.at[i];
+  }
 }
 
 // The part of a row of unit stride that 16-byte vectors can cover: `count` vectors from element

@@ -32,38 +32,9 @@ constexpr A kNormFloor = A(1e-12);
 
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
 template <typename A>
 __device__ __forceinline__ A at_least(A x, A floor) {  // NaN stays
   return x < floor ? floor : x;
-}
-
-// Elements first, first + 1, ... of a row, zero from `end` on. `wide`: all rows and `end` are
-// multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ Vector<T> load_part(const T* row, int first, int end, bool wide) {
-  if (wide && first < end) return load_vector(row + first);
-  Vector<T> part;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) {
-    part.at[i] = first + i < end ? row[first + i] : narrow<T>(0);
-  }
-  return part;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_part(T* row, int first, int end, bool wide,
-                                           const Accumulator<T>* values) {
-  if (first >= end) return;
-  Vector<T> part;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) part.at[i] = narrow<T>(values[i]);
-  if (wide) return store_vector(row + first, part);
-#pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) {
-    if (first + i < end) row[first + i] = part.at[i];
-  }
 }
 
 // One side of a tile on its way from global to shared memory: kPairTile rows, kPairDepth elements.

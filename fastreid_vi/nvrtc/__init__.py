@@ -24,6 +24,8 @@ from fastreid_vi.nvrtc import compiler
 ROOMS: Final = {
     "gem_pool": "pool",
     "gem_pool_backward": "pool",
+    "pattern_pool": "pattern_pool",
+    "pattern_pool_backward": "pattern_pool",
     "batch_hard_triplet_loss": "triplet",
     "batch_hard_triplet_loss_backward": "triplet",
     "weighted_triplet_loss": "weighted",

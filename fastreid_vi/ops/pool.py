@@ -81,7 +81,7 @@ def pattern_pool(
     >>> pattern_pool(x, w).pooled[0, 0].tolist()
     [0.5, 0.5, 0.5]
 
-    Spec: mpanet 3. Golden: mpanet/pattern_attention. Backends: cpu, triton.
+    Spec: mpanet 3. Golden: mpanet/pattern_attention. Backends: cpu, triton, cuda.
     """
     _checks.feature_map("features", features)
     _checks.floating("weight", weight, "P, C, 1, 1")
@@ -308,7 +308,7 @@ _pattern_pool = register(
     reference=_pattern_reference,
     fake=_pattern_fake,
     rows=(0,),
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
     setup_context=_pattern_save,
     backward=_pattern_gradient,
 )
@@ -318,7 +318,7 @@ _pattern_backward = register(
     " str activation) -> (Tensor, Tensor, Tensor)",
     reference=_pattern_backward_reference,
     fake=_pattern_backward_fake,
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
 )
 _map_separation_loss = register(
     "map_separation_loss",
