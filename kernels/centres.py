@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
-from fastreid_vi.kernels.pairs import SMALL
+from fastreid_vi.kernels.pairs import ROOMY, SMALL
 
 CHUNK = 1024  # components of a row that a program holds at once
 
@@ -102,8 +102,7 @@ def centres_of(x: Tensor, first: Tensor, counters: Tensor) -> Tensor:
     _centres_kernel[(rows, triton.cdiv(size, chunk))](
         x, first, counters, centres, rows, size, x.stride(0),
         BLOCK=block(rows, SMALL), CHUNK=chunk, ACC=accumulator_kind(x.dtype),
-        maxnreg=128,  # left to itself, ptxas aims at 40 and spills
-        **OPTIONS,
+        **ROOMY,
     )  # fmt: skip
     return centres
 

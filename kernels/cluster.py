@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
 from fastreid_vi.kernels.centres import CHUNK, centres_of, first_rows, place, squared_radii
-from fastreid_vi.kernels.pairs import SMALL, dense, last_arrival, pair_parts, root
+from fastreid_vi.kernels.pairs import ROOMY, SMALL, dense, last_arrival, pair_parts, root
 
 GAPS = 2**25  # numbers that the parts of the squared gaps may take
 
@@ -247,7 +247,7 @@ def _parts(
     _cluster_parts_kernel[(parts,)](
         x, labels, first, counters, centres, gaps, squares, rows, size, each, x.stride(0),
         FORWARD=forward, ROWS=tall, DEPTH=depth, TILE=8, ACC=accumulator_kind(x.dtype),
-        num_warps=8, **OPTIONS,
+        num_warps=8, **ROOMY,
     )  # fmt: skip
     return centres, gaps, squares, parts
 
@@ -317,6 +317,6 @@ def center_cluster_loss_backward(
             grad_pull, grad_push, x, first, radius, centres, gaps, dx,
             begin, rows, strip, size, parts, x.stride(0), margin=margin,
             PARTS=32, BLOCK=block(rows, 128), CHUNK=chunk, ACC=accumulator_kind(x.dtype),
-            **OPTIONS,
+            **ROOMY,
         )  # fmt: skip
     return dx

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,6 +13,8 @@ from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind
 SMALL = 512  # rows up to which all pairs are held at once; beyond, they come in strips
 TILES = {2: (16, 64), 4: (32, 16), 8: (32, 8)}  # by bytes: rows, and components for 16-byte loads
 PROGRAMS = 396  # that share the pairs: three on each of 132 processors
+# Left to itself, ptxas aims at many programs per processor and spills a few registers.
+ROOMY: dict[str, Any] = {**OPTIONS, "maxnreg": 255}
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
 from fastreid_vi.kernels.gram import CHUNK, prefers_products, strips_of_pairs
 from fastreid_vi.kernels.pairs import (
+    ROOMY,
     SMALL,
     added,
     dense,
@@ -304,8 +305,7 @@ def batch_hard_triplet_loss(
             x.stride(0), y.stride(0), margin=margin, METRIC=metric, GRAM=gram,
             BLOCK=block(y.shape[0], SMALL), LENGTH=block(x.shape[1], CHUNK),
             ACC=accumulator_kind(x.dtype),
-            maxnreg=128,  # left to itself, ptxas aims at 40 registers and spills two
-            **OPTIONS,
+            **ROOMY,
         )  # fmt: skip
     return outputs
 
@@ -340,6 +340,6 @@ def batch_hard_triplet_loss_backward(
     _mined_gradient_kernel[grid](
         x, y, *mined, slopes, dx, dy, anchors, columns, size, x.stride(0), y.stride(0),
         SELF=references is None, METRIC=metric,
-        BLOCK=block(anchors, SMALL), CHUNK=chunk, ACC=kind, **OPTIONS,
+        BLOCK=block(anchors, SMALL), CHUNK=chunk, ACC=kind, **ROOMY,
     )  # fmt: skip
     return dx, dy

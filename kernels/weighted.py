@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreid_vi.kernels._common import OPTIONS, accumulator, accumulator_kind, block
 from fastreid_vi.kernels.gram import strips_of_pairs
 from fastreid_vi.kernels.pairs import (
+    ROOMY,
     SMALL,
     added,
     dense,
@@ -214,8 +215,7 @@ def weighted_triplet_loss_backward(
             begin, strip, anchors, size, pairs.count, x.stride(0),
             STABLE=stable, ROWS=ROWS, BLOCK=8 if wide else 16, CHUNK=chunk,
             ACC=accumulator_kind(x.dtype),
-            maxnreg=255,  # left to itself, ptxas aims at 128 and spills
-            **OPTIONS,
+            **ROOMY,
         )  # fmt: skip
     return dx
 

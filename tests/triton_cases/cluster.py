@@ -19,7 +19,7 @@ CASES = {
 }
 
 BUDGETS = {
-    "_cluster_parts_kernel": Budget(registers=208, shared=4096),
-    "_cluster_kernel": Budget(registers=72, shared=4096, wide_loads=False),
+    "_cluster_parts_kernel": Budget(registers=224, shared=4096),
+    "_cluster_kernel": Budget(registers=96, shared=4096, wide_loads=False),
     "_cluster_gradient_kernel": Budget(registers=128, shared=4096, wide_stores=True),
 }

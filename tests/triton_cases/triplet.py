@@ -25,5 +25,5 @@ CASES = {
 BUDGETS = {
     "_hardest_kernel": Budget(registers=72, shared=1024, wide_loads=False),
     "_mined_slopes_kernel": Budget(registers=64, shared=1024),
-    "_mined_gradient_kernel": Budget(registers=80, shared=1024, wide_stores=True),
+    "_mined_gradient_kernel": Budget(registers=96, shared=1024, wide_stores=True),
 }

@@ -19,6 +19,6 @@ CASES = {
 }
 
 BUDGETS = {
-    "_weighted_kernel": Budget(registers=64, shared=1024, wide_loads=False),
+    "_weighted_kernel": Budget(registers=80, shared=1024, wide_loads=False),
     "_weighted_gradient_kernel": Budget(registers=255, shared=16384, wide_stores=True),
 }
