@@ -52,6 +52,10 @@ def why_not() -> str | None:
         )
     if not torch.cuda.is_available():
         return "no usable CUDA device to compile for"
+    try:
+        _count_devices()
+    except RuntimeError as error:  # a CuPy for a newer CUDA than the driver's, say
+        return f"CuPy does not reach the device: {str(error).splitlines()[0]}"
     return None
 
 
@@ -177,6 +181,10 @@ def _preload() -> None:
             library = root / folder / "lib" / f"libnvrtc.so.{major}"
             if library.is_file():
                 ctypes.CDLL(str(library))
+
+
+def _count_devices() -> int:
+    return int(importlib.import_module("cupy.cuda").runtime.getDeviceCount())
 
 
 def _nvrtc() -> Any:

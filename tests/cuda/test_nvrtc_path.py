@@ -106,6 +106,7 @@ class TestReasons:
             ({"nvrtc": lambda: fail("no libnvrtc\nmore")}, "CuPy's NVRTC does not load: no libnvr"),
             ({"headers": None}, r"no headers of CUDA 13 .*: set CUDA_HOME"),
             ({"device": False}, "no usable CUDA device"),
+            ({"devices": lambda: fail("old driver")}, "CuPy does not reach the device: old driver"),
         ],
     )
     def test_what_is_missing_is_named(self, hidden, parts, reason):
