@@ -82,6 +82,7 @@ class TestReasons:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
             if "cupy" in parts:
                 monkeypatch.setitem(sys.modules, "cupy", parts["cupy"])
+            monkeypatch.setattr(compiler, "_count_devices", parts.get("devices", lambda: 1))
             monkeypatch.setattr(compiler, "_nvrtc", parts.get("nvrtc", lambda: VERSION))
             monkeypatch.setattr(
                 compiler, "header_folder", lambda major: parts.get("headers", major)
