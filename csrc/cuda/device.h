@@ -28,8 +28,9 @@
 // tests/cuda/budgets.py: registers, shared memory, 128-bit accesses. A kernel without a line there
 // fails test_cuda_compiles.py, as does one that spills on sm_80, sm_90a or sm_100.
 //
-// The emulation has no TMA, wgmma, mbarrier, cluster or cooperative group, and blocks run one after
-// another: a kernel whose blocks wait for each other never ends there. Only speed needs a GPU.
+// The emulation has no TMA, wgmma, mbarrier or cooperative group. Blocks run one after another,
+// those of a cluster (launch_clusters, tensor_core.cuh) together: a kernel whose blocks wait for
+// each other otherwise never ends there. Only speed needs a GPU.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
@@ -70,6 +71,28 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
                          static_cast<int>(shared_bytes));
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+}
+
+// With `cluster` neighbouring blocks running together; sm_90 and later.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
+                     size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+  }
+  cudaLaunchAttribute dimension{};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim.x = cluster;
+  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &dimension;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 #endif
 

@@ -1,6 +1,6 @@
-// CUDA kernels on the CPU: one fibre per thread, blocks one after another, and a scheduler that
-// releases barriers and warp operations. Deterministic: a run depends on the chosen order and
-// nothing else.
+// CUDA kernels on the CPU: one fibre per thread, blocks (or clusters of them) one after another,
+// and a scheduler that releases barriers and warp operations. Deterministic: a run depends on the
+// chosen order and nothing else.
 //
 // Found here, each with the source line and the threads concerned: divergent and unreachable
 // barriers, warp operations whose lanes disagree, launches beyond the device's limits, writes past
@@ -32,13 +32,19 @@ struct Error : std::runtime_error {
 };
 
 enum class Order : int { ascending, descending, shuffled };
-enum class Waiting : uint8_t { nowhere, at_block_barrier, at_warp_operation, finished };
+enum class Waiting : uint8_t {
+  nowhere,
+  at_block_barrier,
+  at_cluster_barrier,
+  at_warp_operation,
+  finished
+};
 enum class Operation : uint8_t { sync, shuffle, ballot };
 
 struct Thread {
   Fibre fibre;
   uint3 index;
-  unsigned linear;
+  unsigned linear, rank;  // within the block, of the block
   Waiting waiting;
   Operation operation;
   unsigned mask, source;       // of a warp operation
@@ -47,35 +53,52 @@ struct Thread {
   std::source_location place;  // where it waits
 };
 
-constexpr unsigned warp_size = 32, block_limit = 1024;
+// A block of the cluster that runs.
+struct Resident {
+  uint3 index{};
+  unsigned linear = 0, phase = 0;  // phase: block barriers passed
+  SharedMemory shared;
+};
+
+constexpr unsigned warp_size = 32, block_limit = 1024, cluster_limit = 8;
 
 class Scheduler {
  public:
   dim3 grid, block;
-  uint3 block_index{};
+  unsigned cluster = 1;  // blocks in a cluster, along x
+  uint3 block_index{};   // of the thread that runs, as the next four
+  unsigned rank = 0, block_linear = 0, phase = 0, cluster_phase = 0;
   Thread* current = nullptr;  // null while host code runs
   bool quiet = true;          // while the scheduler's own code runs
   Order order = Order::ascending;
   uint64_t seed = 1;
-  unsigned launches = 0, block_linear = 0, phase = 0;  // phase: block barriers passed
+  unsigned launches = 0;
 
-  void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, const std::function<void()>& body);
+  void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, const std::function<void()>& body,
+           unsigned cluster_size = 1);
   uint64_t block_barrier(bool predicate, const std::source_location& place);
   uint64_t warp_operation(Operation operation, unsigned mask, uint64_t given, unsigned source,
                           const std::source_location& place);
+  void cluster_barrier(const std::source_location& place);
   void* shared(const void* key, const char* name, size_t bytes, size_t alignment);
   void* dynamic_shared();
+  void* at_rank(const void* own, unsigned other);      // in the shared memory of another block
   [[noreturn]] void fail(const std::string& message);  // from inside a kernel
   bool owns(const void* address) const;                // fibre stacks and the scheduler itself
-  bool is_shared(const void* address) const { return shared_.contains(address); }
-  std::string memory_name(const void* address) const { return shared_.name(address); }
+  bool is_shared(const void* address) const { return owner(address) < cluster; }
+  std::string memory_name(const void* address) const;
 
  private:
-  void run_block(const std::vector<unsigned>& sequence);
-  bool release_block();
+  void check_launch(uint64_t threads, size_t shared_bytes) const;
+  void run_cluster(const std::vector<unsigned>& sequence);
+  void prepare(unsigned first_block);
+  void resume(Thread& thread);
+  bool release_barrier(Waiting barrier, unsigned first_rank, unsigned last_rank);
   bool release_warp(Thread* first, unsigned lanes);
   void release_lanes(Thread* first, unsigned lanes, unsigned mask);
   void wait();
+  unsigned owner(const void* address) const;  // whose shared memory it is; none: `cluster`
+  unsigned count() const { return block.x * block.y * block.z; }
   std::string deadlock() const;
   std::vector<unsigned> sequence(unsigned count, uint64_t salt) const;
   static void enter();
@@ -83,7 +106,7 @@ class Scheduler {
   const std::function<void()>* body_ = nullptr;
   std::vector<Thread> threads_;
   Stacks stacks_;
-  SharedMemory shared_;
+  std::vector<Resident> residents_;
   size_t dynamic_bytes_ = 0;
   std::string failure_;
 };
@@ -135,22 +158,29 @@ extern "C" __attribute__((weak)) void fastreid_vi_emulation_launched(const dim3*
                                                                      const dim3* block,
                                                                      size_t shared_bytes);
 
-inline void Scheduler::run(dim3 grid_size, dim3 block_size, size_t shared_bytes,
-                           const std::function<void()>& body) {
-  const uint64_t threads = uint64_t(block_size.x) * block_size.y * block_size.z;
-  if (threads == 0 || threads > block_limit || block_size.z > 64) {
+inline void Scheduler::check_launch(uint64_t threads, size_t shared_bytes) const {
+  if (threads == 0 || threads > block_limit || block.z > 64) {
     throw Error("launch: expected 1 to 1024 threads a block, got " + std::to_string(threads));
   }
-  if (!grid_size.x || !grid_size.y || !grid_size.z || grid_size.x > 0x7FFFFFFFu ||
-      grid_size.y > 65535 || grid_size.z > 65535) {
-    throw Error("launch: grid " + described(uint3(grid_size)) + " is outside the device's limits");
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
+    throw Error("launch: grid " + described(uint3(grid)) + " is outside the device's limits");
+  }
+  if (cluster == 0 || cluster > cluster_limit || grid.x % cluster) {
+    throw Error("launch: grid " + described(uint3(grid)) + " does not divide into clusters of " +
+                std::to_string(cluster) + " blocks, 8 at most");
   }
   if (shared_bytes > shared_limit) {
     throw Error("launch: " + std::to_string(shared_bytes) +
                 " bytes of dynamic shared memory, limit " + std::to_string(shared_limit));
   }
+}
+
+inline void Scheduler::run(dim3 grid_size, dim3 block_size, size_t shared_bytes,
+                           const std::function<void()>& body, unsigned cluster_size) {
   grid = grid_size;
   block = block_size;
+  cluster = cluster_size;
+  check_launch(uint64_t(block_size.x) * block_size.y * block_size.z, shared_bytes);
   dynamic_bytes_ = shared_bytes;
   body_ = &body;
   failure_.clear();
@@ -158,75 +188,104 @@ inline void Scheduler::run(dim3 grid_size, dim3 block_size, size_t shared_bytes,
   if (fastreid_vi_emulation_launched) {
     fastreid_vi_emulation_launched(&grid_size, &block_size, shared_bytes);
   }
-  threads_.assign(threads, Thread{});
-  stacks_.reserve(static_cast<unsigned>(threads));
-  const unsigned blocks = grid.x * grid.y * grid.z;
-  for (const unsigned linear : sequence(blocks, 0)) {
-    block_linear = linear;
-    block_index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
-    run_block(sequence(static_cast<unsigned>(threads), linear + 1));
+  threads_.assign(count() * cluster, Thread{});
+  stacks_.reserve(count() * cluster);
+  if (residents_.size() < cluster) residents_.resize(cluster);
+  for (const unsigned linear : sequence(grid.x * grid.y * grid.z / cluster, 0)) {
+    prepare(linear * cluster);
+    run_cluster(sequence(count() * cluster, linear + 1));
   }
 }
 
-inline void Scheduler::run_block(const std::vector<unsigned>& sequence) {
-  const unsigned count = static_cast<unsigned>(threads_.size());
-  for (unsigned i = 0; i < count; ++i) {
+inline void Scheduler::prepare(unsigned first_block) {
+  for (unsigned i = 0; i < count() * cluster; ++i) {
     Thread& thread = threads_[i];
     thread = Thread{};
-    thread.linear = i;
-    thread.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    thread.rank = i / count();
+    thread.linear = i % count();
+    thread.index = {thread.linear % block.x, thread.linear / block.x % block.y,
+                    thread.linear / (block.x * block.y)};
     stacks_.prepare(thread.fibre, i, &Scheduler::enter);
   }
-  phase = 0;
-  shared_.clear();
+  for (unsigned r = 0; r < cluster; ++r) {
+    const unsigned linear = first_block + r;
+    residents_[r].index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+    residents_[r].linear = linear;
+    residents_[r].phase = 0;
+    residents_[r].shared.clear();
+  }
+  cluster_phase = 0;
+}
+
+inline void Scheduler::resume(Thread& thread) {
+  const Resident& resident = residents_[thread.rank];
+  block_index = resident.index;
+  block_linear = resident.linear;
+  phase = resident.phase;
+  rank = thread.rank;
+  current = &thread;
+  stacks_.resume(thread.fibre);
+  current = nullptr;
+}
+
+inline void Scheduler::run_cluster(const std::vector<unsigned>& sequence) {
   while (true) {
     bool progress = false;
     for (const unsigned i : sequence) {
       if (threads_[i].waiting != Waiting::nowhere) continue;
-      current = &threads_[i];
-      stacks_.resume(threads_[i].fibre);
-      current = nullptr;
+      resume(threads_[i]);
       progress = true;
       if (!failure_.empty()) throw Error(failure_);
     }
-    for (unsigned first = 0; first < count; first += warp_size) {
-      progress |= release_warp(&threads_[first], std::min(warp_size, count - first));
+    for (unsigned r = 0; r < cluster; ++r) {
+      for (unsigned first = 0; first < count(); first += warp_size) {
+        progress |=
+            release_warp(&threads_[r * count() + first], std::min(warp_size, count() - first));
+      }
+      progress |= release_barrier(Waiting::at_block_barrier, r, r + 1);
     }
-    progress |= release_block();
+    progress |= release_barrier(Waiting::at_cluster_barrier, 0, cluster);
     if (!failure_.empty()) throw Error(failure_);
     if (std::all_of(threads_.begin(), threads_.end(),
                     [](const Thread& t) { return t.waiting == Waiting::finished; })) {
-      const std::string damage = shared_.damage();
-      if (damage.empty()) return;
-      throw Error("block " + described(block_index) + " " + damage);
+      break;
     }
     if (!progress) throw Error(deadlock());
   }
+  for (unsigned r = 0; r < cluster; ++r) {
+    const std::string damage = residents_[r].shared.damage();
+    if (!damage.empty()) {
+      throw Error("block " + described(residents_[r].index) + " " + damage);
+    }
+  }
 }
 
-// Threads that have returned do not count, as on the device.
-inline bool Scheduler::release_block() {
+// Of some blocks. Threads that have returned do not count, as on the device.
+inline bool Scheduler::release_barrier(Waiting barrier, unsigned first_rank, unsigned last_rank) {
+  Thread* const begin = &threads_[first_rank * count()];
+  Thread* const end = threads_.data() + last_rank * count();
   const Thread* first = nullptr;
   uint64_t agreeing = 0;
-  for (const Thread& t : threads_) {
-    if (t.waiting == Waiting::finished) continue;
-    if (t.waiting != Waiting::at_block_barrier) return false;
-    if (first == nullptr) first = &t;
-    if (!same(t.place, first->place)) {
-      failure_ = "divergent barrier in block " + described(block_index) + ": thread " +
-                 described(first->index) + " waits at " + described(first->place) + ", thread " +
-                 described(t.index) + " at " + described(t.place);
+  for (Thread* t = begin; t != end; ++t) {
+    if (t->waiting == Waiting::finished) continue;
+    if (t->waiting != barrier) return false;
+    if (first == nullptr) first = t;
+    if (!same(t->place, first->place)) {
+      failure_ = "divergent barrier in block " + described(residents_[t->rank].index) +
+                 ": thread " + described(first->index) + " waits at " + described(first->place) +
+                 ", thread " + described(t->index) + " at " + described(t->place);
       return false;
     }
-    agreeing += t.given;
+    agreeing += t->given;
   }
   if (first == nullptr) return false;
-  for (Thread& t : threads_) {
-    if (t.waiting != Waiting::at_block_barrier) continue;
-    t.waiting = Waiting::nowhere;
-    t.received = agreeing;
+  for (Thread* t = begin; t != end; ++t) {
+    if (t->waiting != barrier) continue;
+    t->waiting = Waiting::nowhere;
+    t->received = agreeing;
   }
-  ++phase;
+  for (unsigned r = first_rank; r < last_rank; ++r) ++residents_[r].phase;
+  if (barrier == Waiting::at_cluster_barrier) ++cluster_phase;
   return true;
 }
 
@@ -242,9 +301,9 @@ inline bool Scheduler::release_warp(Thread* first, unsigned lanes) {
       complete &= t.waiting == Waiting::at_warp_operation;
       if (!complete) break;
       if (t.mask != one.mask || t.operation != one.operation || !same(t.place, one.place)) {
-        failure_ = "divergent warp operation in block " + described(block_index) + ": thread " +
-                   described(one.index) + " waits at " + described(one.place) + ", thread " +
-                   described(t.index) + " at " + described(t.place) +
+        failure_ = "divergent warp operation in block " + described(residents_[one.rank].index) +
+                   ": thread " + described(one.index) + " waits at " + described(one.place) +
+                   ", thread " + described(t.index) + " at " + described(t.place) +
                    (t.mask != one.mask ? " with another mask" : "");
         return false;
       }
@@ -296,8 +355,9 @@ inline std::string Scheduler::deadlock() const {
     if (one.waiting == Waiting::finished) {
       message += "returned;";
     } else {
-      message += one.waiting == Waiting::at_block_barrier ? "wait at the barrier "
-                                                          : "wait at the warp operation ";
+      message += one.waiting == Waiting::at_block_barrier     ? "wait at the barrier "
+                 : one.waiting == Waiting::at_cluster_barrier ? "wait at the cluster barrier "
+                                                              : "wait at the warp operation ";
       message += described(one.place) + ";";
     }
   }
@@ -314,62 +374,6 @@ inline void Scheduler::enter() {
   std::abort();  // a finished fibre is never resumed
 }
 
-inline void Scheduler::wait() { stacks_.leave(current->fibre, false); }
-
-[[noreturn]] inline void Scheduler::fail(const std::string& message) {
-  Quietly::set(true);
-  failure_ = "thread " + described(current->index) + " of block " + described(block_index) + ": " +
-             message;
-  current->waiting = Waiting::finished;
-  stacks_.leave(current->fibre, true);
-  std::abort();
-}
-
-inline uint64_t Scheduler::block_barrier(bool predicate, const std::source_location& place) {
-  const Quietly quietly;
-  current->waiting = Waiting::at_block_barrier;
-  current->given = predicate;
-  current->place = place;
-  wait();
-  return current->received;
-}
-
-inline uint64_t Scheduler::warp_operation(Operation operation, unsigned mask, uint64_t given,
-                                          unsigned source, const std::source_location& place) {
-  const Quietly quietly;
-  if (!(mask >> current->linear % warp_size & 1)) {
-    fail("calls the warp operation " + described(place) +
-         " with a mask that leaves its own lane out");
-  }
-  current->waiting = Waiting::at_warp_operation;
-  current->operation = operation;
-  current->mask = mask;
-  current->given = given;
-  current->source = source;
-  current->place = place;
-  wait();
-  return current->received;
-}
-
-inline void* Scheduler::shared(const void* key, const char* name, size_t bytes, size_t alignment) {
-  const Quietly quietly;
-  void* array = shared_.array(key, name, bytes, alignment);
-  if (array == nullptr) fail(std::string("no room for the shared array ") + name);
-  return array;
-}
-
-inline void* Scheduler::dynamic_shared() {
-  static const char key = 0;
-  if (dynamic_bytes_ == 0) fail("uses dynamic shared memory, but was launched with none");
-  return shared(&key, "dynamic shared memory", dynamic_bytes_, 128);
-}
-
-inline bool Scheduler::owns(const void* address) const {
-  const auto inside = [&](const void* begin, size_t bytes) {
-    return address >= begin && address < static_cast<const char*>(begin) + bytes;
-  };
-  return stacks_.contains(address) || inside(this, sizeof *this) ||
-         inside(threads_.data(), threads_.size() * sizeof(Thread));
-}
-
 }  // namespace emulation
+
+#include "emulation_requests.h"

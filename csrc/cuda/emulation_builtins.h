@@ -216,4 +216,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
                            [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
+// With `cluster` neighbouring blocks running together.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
+                     size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  emulation::scheduler.run(
+      grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
+}
+
 }  // namespace fastreid_vi

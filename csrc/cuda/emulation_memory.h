@@ -62,8 +62,20 @@ class SharedMemory {
     return {};
   }
 
+  // The same place in another block's memory; null when that has not declared the array.
+  void* twin(const void* address, SharedMemory& other) const {
+    const size_t at =
+        static_cast<size_t>(static_cast<const unsigned char*>(address) - memory_.data());
+    for (const Array& own : arrays_) {
+      if (!contains(address) || at < own.begin || at >= own.begin + own.bytes) continue;
+      for (const Array& array : other.arrays_) {
+        if (array.key == own.key) return other.memory_.data() + array.begin + (at - own.begin);
+      }
+    }
+    return nullptr;
+  }
+
   std::string name(const void* address) const {
-    if (!contains(address)) return "global memory";
     const size_t offset =
         static_cast<size_t>(static_cast<const unsigned char*>(address) - memory_.data());
     for (const Array& array : arrays_) {

@@ -1,10 +1,13 @@
 // Launch and registration of the pattern kernels.
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
+#include "pattern_cluster.cuh"
 #include "pattern_gradient.cuh"
 #include "pattern_pool.cuh"
 #include "stream.h"
@@ -113,10 +116,42 @@ void launch_sums(const Problem& problem, const Tensor& scores, const Tensor& out
                       fits_vectors(problem.x, {}));
 }
 
+// Whether a cluster of blocks may take each sample; FASTREID_VI_CLUSTERS=0 says no.
+template <typename T>
+bool fits_clusters(const Problem& problem, const Tensor& weight) {
+  constexpr int64_t channels = fastreid_vi::kClusterBlocks * fastreid_vi::kMatrixRows;
+  if (problem.x.channels % channels || problem.shape.maps > kMapGroup) return false;
+  if (problem.x.channels > 1 << 16 || problem.x.positions > 1 << 12) return false;  // no overflow
+  const char* const wanted = std::getenv("FASTREID_VI_CLUSTERS");
+  if (wanted != nullptr && std::string_view(wanted) == "0") return false;
+  const fastreid_vi::ClusterLayout layout(problem.shape.channels, problem.shape.positions);
+  const int64_t others = fastreid_vi::kPatternWarps * kMapGroup * 2 * sizeof(float);  // reductions
+  return layout.bytes() + others <= fastreid_vi::shared_memory_limit() &&
+         fits_vectors(problem.x, {weight}) &&
+         fastreid_vi::runs_clusters(fastreid_vi::pattern_cluster_kernel<T>);
+}
+
+// One pass over x.
+template <typename T>
+void forward_clusters(const Problem& problem, const Tensor& weight, const T* bias,
+                      const Tensor& pooled, const Tensor& maps, cudaStream_t stream) {
+  const fastreid_vi::ClusterLayout layout(problem.shape.channels, problem.shape.positions);
+  fastreid_vi::launch_clusters(fastreid_vi::pattern_cluster_kernel<T>, fastreid_vi::kClusterBlocks,
+                               fastreid_vi::blocks(problem.samples * fastreid_vi::kClusterBlocks),
+                               dim3(kPatternThreads), static_cast<size_t>(layout.bytes()), stream,
+                               input<T>(problem.x.tensor), input<T>(weight), bias,
+                               output<T>(pooled), output<T>(maps), problem.shape, problem.sigmoid);
+}
+
 template <typename T>
 void forward(const Problem& problem, const Tensor& weight, const T* bias, const Tensor& pooled,
              const Tensor& maps, cudaStream_t stream) {
   using A = Accumulator<T>;
+  if constexpr (sizeof(T) == 2) {
+    if (fits_clusters<T>(problem, weight)) {
+      return forward_clusters<T>(problem, weight, bias, pooled, maps, stream);
+    }
+  }
   const Tensor scores = problem.grouped(maps);
   fastreid_vi::launch(fastreid_vi::pattern_scores_kernel<T>,
                       problem.grid(problem.samples * problem.tiles), dim3(kPatternThreads), 0,

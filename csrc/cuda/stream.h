@@ -71,6 +71,22 @@ inline int64_t shared_memory_limit() {
 #endif
 }
 
+// Whether the current device runs clusters of blocks, and what it has of `kernel` was compiled for
+// one that does.
+template <typename... Parameters>
+bool runs_clusters([[maybe_unused]] void (*kernel)(Parameters...)) {
+#ifdef __CUDACC__
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaFuncAttributes attributes{};
+  return major >= 9 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
+#else
+  return true;
+#endif
+}
+
 // A grid's first axis; the others end at 65535.
 inline dim3 blocks(int64_t count) {
   STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "a launch of ", count,

@@ -17,6 +17,8 @@ class Budget:
     )
     wide_loads: bool = True  # 128-bit loads from global memory
     wide_stores: bool = False  # 128-bit stores
+    products: bool = False  # on tensor cores
+    clusters: bool = False  # of blocks, which sm_80 has not: the kernel is never launched there
 
 
 BUDGETS = {
@@ -32,6 +34,8 @@ BUDGETS = {
     "pattern_logit_gradient_kernel": Budget(registers=144, shared=512),  # likewise
     "pattern_softmax_gradient_kernel": Budget(registers=40, shared=512, wide_loads=False),
     "pattern_weight_gradient_kernel": Budget(registers=40, shared=512, wide_loads=False),
+    # Two blocks share an SM: 111 KiB of dynamic shared memory at 2048 x 24 x 8.
+    "pattern_cluster_kernel": Budget(registers=96, shared=512, products=True, clusters=True),
     # All it reads passes through shared memory, transposed.
     "pattern_features_gradient_kernel": Budget(
         registers=128, shared=20480, wide_loads=False, wide_stores=True

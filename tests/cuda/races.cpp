@@ -3,9 +3,9 @@
 // calls with CUDA's rules: two accesses to a byte, one of them a write, by different threads, are a
 // race unless the threads are of one block and a __syncthreads lies between, or of one warp and a
 // __syncwarp does, or of two blocks and one took over from the other: a __threadfence, then an
-// atomic hands over; an atomic on the same address, then a __threadfence takes over. It does not
-// matter in which order the threads happened to run. Also found: shared memory read before it was
-// written.
+// atomic hands over; an atomic on the same address, then a __threadfence takes over; or of two
+// blocks of a cluster and a cluster barrier lies between. It does not matter in which order the
+// threads happened to run. Also found: shared memory read before it was written.
 #include <dlfcn.h>
 
 #include <sstream>
@@ -23,14 +23,15 @@ enum class Kind : uint8_t { none, read, write, atomic };
 struct Access {
   Kind kind = Kind::none;
   uint16_t thread = 0;
-  unsigned block = 0, phase = 0, warp_phase = 0;
+  unsigned block = 0, phase = 0, warp_phase = 0, cluster_phase = 0;
   const void* code = nullptr;
 };
 
-// Of the reads since the last write two are enough: of different warps where there are such, else
-// of different threads. A later write that races with any of the others races with one of these.
+// Of the reads since the last write three are enough: two by one block, of different warps where
+// there are such, else of different threads, and one by another block. A later write that races
+// with any of the others races with one of these.
 struct Byte {
-  Access write, reads[2];
+  Access write, reads[3];
 };
 
 // What a block has handed over: all before this phase, and what this thread did.
@@ -59,6 +60,7 @@ std::unordered_map<uintptr_t, std::vector<Byte>> pages;
 unsigned launch = 0;
 bool watching = true;
 
+unsigned cluster_of(const Access& a) { return a.block / scheduler.cluster; }
 unsigned warp_of(const Access& a) { return a.thread / emulation::warp_size; }
 
 bool ordered_by_atomics(const Access& before, const Access& now) {
@@ -75,8 +77,13 @@ bool ordered_by_atomics(const Access& before, const Access& now) {
 
 bool ordered(const Access& before, const Access& now, bool shared) {
   if (before.kind == Kind::none) return true;
-  if (before.block != now.block) {  // another block's shared memory is another array
-    return shared || ordered_by_atomics(before, now);
+  if (before.block != now.block) {
+    if (cluster_of(before) == cluster_of(now)) {
+      if (before.cluster_phase < now.cluster_phase) return true;
+    } else if (shared) {  // another cluster's shared memory is another array
+      return true;
+    }
+    return ordered_by_atomics(before, now);
   }
   if (before.thread == now.thread || before.phase < now.phase) return true;
   return warp_of(before) == warp_of(now) && before.warp_phase < now.warp_phase;
@@ -99,7 +106,8 @@ std::string described(const Access& access) {
   return text.str();
 }
 
-// Forgets what a launch or a block does not leave to the next.
+// Forgets what a launch or a block does not leave to the next. Blocks of a cluster take turns: of
+// their handovers by atomics some are forgotten too, which may report a race that is none.
 bool begins() {
   const bool new_launch = launch != scheduler.launches;
   if (new_launch || present != scheduler.block_linear) {
@@ -135,9 +143,13 @@ void report(const Access& before, const Access& now, const void* address) {
 void note_read(Byte& byte, const Access& now, bool shared) {
   Access& first = byte.reads[0];
   Access& second = byte.reads[1];
-  if (ordered(first, now, shared) || first.thread == now.thread) {
+  Access& elsewhere = byte.reads[2];
+  if (ordered(first, now, shared) || (first.thread == now.thread && first.block == now.block)) {
     first = now;
     if (ordered(second, now, shared)) second = {};
+    if (ordered(elsewhere, now, shared)) elsewhere = {};
+  } else if (first.block != now.block) {
+    elsewhere = now;
   } else if (ordered(second, now, shared) || warp_of(first) == warp_of(second)) {
     second = now;
   }
@@ -147,7 +159,7 @@ void check_byte(uintptr_t address, const Access& now) {
   const void* pointer = reinterpret_cast<const void*>(address);
   const bool shared = scheduler.is_shared(pointer);
   Byte& byte = byte_at(address);
-  if (shared && byte.write.block != now.block) byte = {};
+  if (shared && cluster_of(byte.write) != cluster_of(now)) byte = {};
   const bool both_atomic = now.kind == Kind::atomic && byte.write.kind == Kind::atomic;
   if (!both_atomic && !ordered(byte.write, now, shared)) report(byte.write, now, pointer);
   if (now.kind == Kind::read) {
@@ -173,6 +185,7 @@ void observe(const void* address, size_t size, Kind kind, const void* code) {
                    scheduler.block_linear,
                    scheduler.phase,
                    thread.warp_phase,
+                   scheduler.cluster_phase,
                    code};
   for (size_t i = 0; i < size; ++i) check_byte(reinterpret_cast<uintptr_t>(address) + i, now);
   // What a thread writes after its fence is not handed over.

@@ -57,6 +57,11 @@ def assert_within_budget(
         assert kernel.wide_loads > 0, f"{about}: no 128-bit load"
     if budget.wide_stores:
         assert kernel.wide_stores > 0, f"{about}: no 128-bit store"
+    if budget.products:
+        assert kernel.count("HMMA") > 0, f"{about}: no product on tensor cores"
+        assert kernel.count("LDSM") > 0, f"{about}: no matrix load from shared memory"
+    if budget.clusters and architecture != "sm_80":
+        assert kernel.count("UCGABAR") > 0, f"{about}: no barrier of a cluster"
 
 
 @needs_nvcc
