@@ -67,6 +67,18 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
       "dense_alignment_backward(Tensor grad_aligned, Tensor grad_loss, Tensor features, "
       "Tensor positive, Tensor negative, Tensor aligned, Tensor probability, Tensor lse, "
       "Tensor gram, Tensor mask, Tensor slopes, float temperature, float eps) -> Tensor");
+  m.def(
+      "distribution_adapter(Tensor features, Tensor sc_weight, Tensor sc_bias, Tensor ca_weight, "
+      "Tensor ca_bn_weight, Tensor ca_bn_bias, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor? ca_running_mean, Tensor? ca_running_var, Tensor? norm_running_mean, "
+      "Tensor? norm_running_var, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "distribution_adapter_backward(Tensor grad, Tensor features, Tensor sc_weight, "
+      "Tensor ca_weight, Tensor ca_bn_weight, Tensor norm_weight, Tensor attention, "
+      "Tensor context, Tensor mean, Tensor variance, Tensor gate, Tensor ca_mean, Tensor ca_var, "
+      "Tensor norm_mean, Tensor norm_var, float eps, bool fixed) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pairwise_distance(Tensor x, Tensor? y, str metric) -> Tensor");
   m.def(
       "pairwise_distance_backward(Tensor grad, Tensor x, Tensor? y, Tensor distance, str metric) "

@@ -143,3 +143,50 @@ class InstanceNormAct(nn.InstanceNorm2d):
             f"{self.num_features}, activation={self.activation!r}, affine={self.affine},"
             f" track_running_stats={self.track_running_stats}"
         )
+
+
+class DistributionAdapter(nn.Module):
+    """MCJA's MDA: a gate from pooled pseudo-modalities, a batch norm of the gated map, and a sum.
+
+    See `ops.distribution_adapter`. Names and starts of the official module: `sc_conv`, `ca_conv`
+    (PyTorch's defaults), `ca_bn`, and `norm_bn`, which starts at zero: a fresh module is the
+    identity.
+    """
+
+    def __init__(self, channels: int, maps: int = 2) -> None:
+        super().__init__()
+        if channels < 1 or maps < 1:
+            raise ValueError(f"channels, maps: expected >= 1, got {channels}, {maps}")
+        # They hold parameters and buffers, under their official names; the op does the work.
+        self.sc_conv = nn.Conv2d(channels, maps, 1)
+        self.ca_conv = nn.Conv1d(channels, channels, maps, groups=channels, bias=False)
+        self.ca_bn = nn.BatchNorm1d(channels)
+        self.norm_bn = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm_bn.weight)
+        nn.init.zeros_(self.norm_bn.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; B >= 2 in training."""
+        assert self.sc_conv.bias is not None  # nn.Conv2d has one by default
+        out = ops.distribution_adapter(
+            features,
+            self.sc_conv.weight,
+            self.sc_conv.bias,
+            self.ca_conv.weight,
+            self.ca_bn.weight,
+            self.ca_bn.bias,
+            self.norm_bn.weight,
+            self.norm_bn.bias,
+            ca_running_mean=self.ca_bn.running_mean,
+            ca_running_var=self.ca_bn.running_var,
+            norm_running_mean=self.norm_bn.running_mean,
+            norm_running_var=self.norm_bn.running_var,
+            training=self.training,
+            momentum=self.norm_bn.momentum or 0.0,
+            eps=self.norm_bn.eps,
+        )
+        if self.training:
+            for norm in (self.ca_bn, self.norm_bn):
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+        return out

@@ -137,7 +137,8 @@ def _statistics_kernel(
         inside = (s[:, None] < stop) & (c[None, :] < channels)
         x = tl.load(base[None, :] + s[:, None].to(tl.int64) * stride_s, mask=inside, other=0.0)
         total += tl.where(inside, x.to(ACC) - shift[None, :], 0.0)
-    mean = shift + tl.sum(total, axis=0) / (stop - start)
+    rest = tl.sum(total, axis=0) / (stop - start)
+    mean = shift + rest
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
     for first in range(start, stop, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
@@ -149,7 +150,8 @@ def _statistics_kernel(
     if eps is not None:
         spread = 1.0 / tl.sqrt(spread + eps)
     out = (piece * batches + b) * channels + c
-    tl.store(mean_ptr + out, mean, mask=c < channels)
+    kind = mean_ptr.dtype.element_ty
+    tl.store(mean_ptr + out, shift.to(kind) + rest.to(kind), mask=c < channels)
     tl.store(spread_ptr + out, spread, mask=c < channels)
 
 
@@ -166,12 +168,12 @@ def _combine_statistics_kernel(
     for k in range(1, count):
         size = tl.minimum(each, positions - k * each)
         mean = tl.load(means_ptr + k * items + i, mask=i < items, other=0.0)
-        total += size * (mean - shift)
-    mean = shift + total / positions
+        total += size * (mean - shift).to(ACC)
+    mean = shift + (total / positions).to(shift.dtype)
     total = tl.zeros([BLOCK], dtype=ACC)
     for k in range(0, count):
         size = tl.minimum(each, positions - k * each)
-        d = tl.load(means_ptr + k * items + i, mask=i < items, other=0.0) - mean
+        d = (tl.load(means_ptr + k * items + i, mask=i < items, other=0.0) - mean).to(ACC)
         total += size * (tl.load(variances_ptr + k * items + i, mask=i < items, other=0.0) + d * d)
     spread = total / positions
     if eps is not None:
@@ -180,18 +182,24 @@ def _combine_statistics_kernel(
     tl.store(spread_ptr + i, spread, mask=i < items)
 
 
-def statistics(map: Rows, eps: float | None = None) -> tuple[Tensor, Tensor]:
-    """[B, C] each: mean over positions, and biased variance or, with `eps`, 1 / deviation."""
-    tile, kind = reduction_tile(map), accumulator(map.tensor.dtype)
-    acc, shape = accumulator_kind(map.tensor.dtype), (map.batches, map.channels)
-    mean, spread = (map.tensor.new_empty(shape, dtype=kind) for _ in range(2))
+def statistics(
+    map: Rows, eps: float | None = None, kind: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """[B, C] each: mean over positions, and biased variance or, with `eps`, 1 / deviation.
+
+    The mean has dtype `kind`, by default that of the accumulators: float64 keeps what is left of a
+    large one.
+    """
+    tile, shape = reduction_tile(map), (map.batches, map.channels)
+    acc = accumulator_kind(map.tensor.dtype)
+    spread = map.tensor.new_empty(shape, dtype=accumulator(map.tensor.dtype))
+    mean = torch.empty_like(spread, dtype=kind)
     if map.batches == 0:
         return mean, spread
     count, each = pieces(map, tile)
     first = (mean, spread)
     if count > 1:
-        means, variances = (mean.new_empty(count, *shape) for _ in range(2))
-        first = (means, variances)
+        first = (mean.new_empty(count, *shape), spread.new_empty(count, *shape))
     grid = (count * triton.cdiv(map.channels, tile["BLOCK_C"]) * map.batches,)
     _statistics_kernel[grid](
         map.tensor, *first, *map[2:], map.batches, each, count,

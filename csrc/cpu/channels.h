@@ -11,9 +11,9 @@
 namespace fastreid_vi {
 namespace {
 
-constexpr int64_t kColumns = 256;  // channels that one pass over the positions carries
-constexpr int64_t kRun = 16;       // positions summed before they join the total
-constexpr int64_t kLanes = 32;     // independent sums of a row
+constexpr int64_t kBlock = 256;  // channels that one pass over the positions carries
+constexpr int64_t kPiece = 16;   // positions summed before they join the total
+constexpr int64_t kLanes = 32;   // independent sums of a row
 
 // One sample of a map.
 template <typename T>
@@ -51,13 +51,13 @@ Tensor tensor_of(const std::vector<A>& values, const Tensor& like,
   return out;
 }
 
-// total[i] = sum over positions of term(s, i), i < width <= kColumns, inner loop over i.
+// total[i] = sum over positions of term(s, i), i < width <= kBlock, inner loop over i.
 template <typename A, typename F>
 [[gnu::always_inline]] inline void sum_columns(int64_t positions, int64_t width, A* total, F term) {
-  A run[kColumns];
+  A run[kBlock];
   std::fill(total, total + width, A(0));
-  for (int64_t first = 0; first < positions; first += kRun) {
-    const int64_t last = std::min(first + kRun, positions);
+  for (int64_t first = 0; first < positions; first += kPiece) {
+    const int64_t last = std::min(first + kPiece, positions);
     std::fill(run, run + width, A(0));
     for (int64_t s = first; s < last; ++s) {
       for (int64_t i = 0; i < width; ++i) run[i] += term(s, i);
@@ -82,15 +82,20 @@ template <typename A, typename F>
 }
 
 // mean[i] and biased variance[i] of `width` channels; two passes and sums shifted by the first
-// position, so that a large mean costs no precision.
+// position, so that a large mean costs no precision. `exact` takes the mean before it is rounded.
 template <typename T, typename A>
 FASTREID_VI_CLONES void moments_columns(const T* x, int64_t stride, int64_t positions,
-                                        int64_t width, A* mean, A* variance) {
+                                        int64_t width, A* mean, A* variance,
+                                        double* exact = nullptr) {
   const A n = static_cast<A>(positions);
   sum_columns(positions, width, mean, [&](int64_t s, int64_t i) {
     return static_cast<A>(x[s * stride + i]) - static_cast<A>(x[i]);
   });
-  for (int64_t i = 0; i < width; ++i) mean[i] = static_cast<A>(x[i]) + mean[i] / n;
+  for (int64_t i = 0; i < width; ++i) {
+    const A shift = static_cast<A>(x[i]), rest = mean[i] / n;
+    if (exact) exact[i] = static_cast<double>(shift) + static_cast<double>(rest);
+    mean[i] = shift + rest;
+  }
   sum_columns(positions, width, variance, [&](int64_t s, int64_t i) {
     const A d = static_cast<A>(x[s * stride + i]) - mean[i];
     return d * d;
@@ -99,11 +104,13 @@ FASTREID_VI_CLONES void moments_columns(const T* x, int64_t stride, int64_t posi
 }
 
 template <typename T, typename A>
-FASTREID_VI_CLONES void moments_row(const T* x, int64_t positions, A* mean, A* variance) {
+FASTREID_VI_CLONES void moments_row(const T* x, int64_t positions, A* mean, A* variance,
+                                    double* exact = nullptr) {
   const A n = static_cast<A>(positions);
   const A shift = static_cast<A>(x[0]);
-  const A mu =
-      shift + sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(x[s]) - shift; }) / n;
+  const A rest = sum_row<A>(positions, [&](int64_t s) { return static_cast<A>(x[s]) - shift; }) / n;
+  const A mu = shift + rest;
+  if (exact) *exact = static_cast<double>(shift) + static_cast<double>(rest);
   *mean = mu;
   *variance = sum_row<A>(positions,
                          [&](int64_t s) {

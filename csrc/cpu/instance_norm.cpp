@@ -18,9 +18,9 @@ namespace {
 
 using fastreid_vi::accumulate_t;
 using fastreid_vi::FeatureMap;
-using fastreid_vi::kColumns;
+using fastreid_vi::kBlock;
 using fastreid_vi::kLanes;
-using fastreid_vi::kRun;
+using fastreid_vi::kPiece;
 using fastreid_vi::plane;
 using torch::stable::Tensor;
 
@@ -122,13 +122,13 @@ FASTREID_VI_CLONES void apply_row(const T* __restrict x, const T* __restrict res
 template <typename T, typename A, typename F>
 FASTREID_VI_CLONES void sums_columns(Rows<const T> g, Rows<const T> x, int64_t positions,
                                      int64_t width, Affine<A> affine, F act, A* sum_g, A* sum_gc) {
-  A run_g[kColumns], run_gc[kColumns];
+  A run_g[kBlock], run_gc[kBlock];
   std::fill(sum_g, sum_g + width, A(0));
   std::fill(sum_gc, sum_gc + width, A(0));
-  for (int64_t first = 0; first < positions; first += kRun) {
+  for (int64_t first = 0; first < positions; first += kPiece) {
     std::fill(run_g, run_g + width, A(0));
     std::fill(run_gc, run_gc + width, A(0));
-    for (int64_t s = first; s < std::min(first + kRun, positions); ++s) {
+    for (int64_t s = first; s < std::min(first + kPiece, positions); ++s) {
       const T* __restrict gs = g[s], * __restrict xs = x[s];
       for (int64_t i = 0; i < width; ++i) {
         const A v = static_cast<A>(xs[i]);
@@ -201,7 +201,7 @@ struct Blocks {
   Blocks(const FeatureMap& map, bool columns, int64_t maps, int64_t bytes)
       : batches(map.batches), channels(map.channels), positions(map.positions), columns(columns) {
     const int64_t fit = kCache / (maps * bytes * positions) / kLanes * kLanes;
-    width = columns ? std::min(std::clamp(fit, kLanes, kColumns), channels) : 1;
+    width = columns ? std::min(std::clamp(fit, kLanes, kBlock), channels) : 1;
     count = (channels + width - 1) / width;
   }
   int64_t batches, channels, positions, width, count;
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act(
       } else {
         fastreid_vi::moments_row(from.at(c), map.positions, mu, v);
       }
-      A scale[kColumns];
+      A scale[kBlock];
       const Affine<A> affine = parameters.affine(c, width, mu, v, scale);
       const T* added = residual ? plus.at(c) : nullptr;
       T* into = y + b * to.batch + c * to.channel;
@@ -321,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
       const int64_t first = b * map.channels + c;
       const A* v = variances + first;
       A *sum_g = on_bias.data() + first, *sum_gh = on_weight.data() + first;
-      A scale[kColumns], on_x[kColumns], constant[kColumns];
+      A scale[kBlock], on_x[kBlock], constant[kBlock];
       const Affine<A> affine = parameters.affine(c, width, means + first, v, scale);
       if (columns) {
         sums_columns<T>({g.at(c), g.position}, {from.at(c), from.position}, map.positions, width,

@@ -17,7 +17,7 @@ using fastreid_vi::accumulate_t;
 using fastreid_vi::FeatureMap;
 using fastreid_vi::gradient_sums_columns;
 using fastreid_vi::gradient_sums_row;
-using fastreid_vi::kColumns;
+using fastreid_vi::kBlock;
 using fastreid_vi::moments_columns;
 using fastreid_vi::moments_row;
 using fastreid_vi::plane;
@@ -121,9 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modality_alleviation(const Tensor& fe
         const auto x = plane<T>(map, b);
         A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
         if (columns) {
-          for (int64_t c = 0; c < channels; c += kColumns) {
-            moments_columns(x.at(c), x.position, positions, std::min(kColumns, channels - c),
-                            mu + c, q + c);
+          for (int64_t c = 0; c < channels; c += kBlock) {
+            moments_columns(x.at(c), x.position, positions, std::min(kBlock, channels - c), mu + c,
+                            q + c);
           }
         } else {
           for (int64_t c = 0; c < channels; ++c) {
@@ -216,10 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
       for (int64_t b = from; b < until; ++b) {
         const auto x = plane<T>(map, b), g = plane<T>(given, b);
         const A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
-        for (int64_t c = 0; c < channels; c += columns ? kColumns : 1) {
+        for (int64_t c = 0; c < channels; c += columns ? kBlock : 1) {
           if (columns) {
             gradient_sums_columns(g.at(c), g.position, x.at(c), x.position, positions,
-                                  std::min(kColumns, channels - c), mu + c, &sum_g[c], &sum_gc[c]);
+                                  std::min(kBlock, channels - c), mu + c, &sum_g[c], &sum_gc[c]);
           } else {
             gradient_sums_row(g.at(c), x.at(c), positions, mu[c], &sum_g[c], &sum_gc[c]);
           }

@@ -1,5 +1,6 @@
 """Fused, differentiable ops for visible-infrared re-identification."""
 
+from fastreid_vi.ops.adapter import distribution_adapter
 from fastreid_vi.ops.alignment import Alignment, DenseAlignment, align_features, dense_alignment
 from fastreid_vi.ops.cluster import CenterCluster, center_cluster_loss
 from fastreid_vi.ops.correspondence import (
@@ -32,6 +33,7 @@ __all__ = [
     "cross_modality_retrieval_loss",
     "dense_alignment",
     "dense_triplet_loss",
+    "distribution_adapter",
     "feature_mask",
     "gem_pool",
     "instance_norm_act",

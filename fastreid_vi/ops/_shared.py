@@ -37,11 +37,11 @@ def update_running(running: Tensor | None, batch: Tensor, momentum: float) -> No
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, C] each: mean and biased variance over positions of [B, C, H, W].
+    """[B, C] each: mean (in float64) and biased variance over positions of [B, C, H, W].
 
     Shifted by the first position and summed twice, so that a large mean costs no precision.
     """
     shift = x[:, :, :1, :1]
-    mean = shift + (x - shift).mean(dim=(2, 3), keepdim=True)
-    variance = (x - mean).square().mean(dim=(2, 3))
-    return mean[:, :, 0, 0], variance
+    rest = (x - shift).mean(dim=(2, 3), keepdim=True)
+    variance = (x - (shift + rest)).square().mean(dim=(2, 3))
+    return (shift.double() + rest.double())[:, :, 0, 0], variance

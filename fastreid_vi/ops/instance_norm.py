@@ -125,6 +125,7 @@ def _instance_norm_reference(
     v = x.to(accumulator(x.dtype))
     if running_mean is None or running_var is None:
         mean, variance = moments(v)  # [B, C] each
+        mean = mean.to(v.dtype)
     else:
         mean = running_mean.to(v.dtype).repeat(x.shape[0], 1)
         variance = running_var.to(v.dtype).repeat(x.shape[0], 1)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastreid_vi.layers import BNNeck, GeM, InstanceNormAct, ModalityAlleviation, PatternPool
+from fastreid_vi.layers import (
+    BNNeck,
+    DistributionAdapter,
+    GeM,
+    InstanceNormAct,
+    ModalityAlleviation,
+    PatternPool,
+)
 from tests.conftest import golden
 
 DTYPES = [torch.float64, torch.float32]
@@ -99,6 +106,68 @@ def test_instance_norm_equals_the_sequence_of_pytorch() -> None:
     want = nn.functional.leaky_relu(nn.functional.instance_norm(x), 0.2)
     torch.testing.assert_close(bare(x), want)
     assert not bare.state_dict()
+
+
+MDA_NAMES = {
+    "sc_conv.weight": "sc_w",
+    "sc_conv.bias": "sc_b",
+    "ca_conv.weight": "ca_w",
+    "ca_bn.weight": "ca_bn_w",
+    "ca_bn.bias": "ca_bn_b",
+    "norm_bn.weight": "norm_w",
+    "norm_bn.bias": "norm_b",
+}
+MDA_BUFFERS = {
+    "ca_bn.running_mean": "ca_rm",
+    "ca_bn.running_var": "ca_rv",
+    "norm_bn.running_mean": "norm_rm",
+    "norm_bn.running_var": "norm_rv",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["a", "b", "eval"])
+def test_distribution_adapter_golden(case: str, dtype: torch.dtype) -> None:
+    """Outputs, gradients under the official names, and running statistics."""
+    arrays = {
+        k.removeprefix(f"{case}__"): torch.from_numpy(np.asarray(v))
+        for k, v in golden("mcja/mda").items()
+        if k.startswith(f"{case}__")
+    }
+    maps, channels = arrays["sc_w"].shape[:2]
+    layer = DistributionAdapter(channels, maps).to(dtype).train(bool(arrays["train"]))
+    state = {key: arrays[name] for key, name in MDA_NAMES.items()}
+    state |= {key: arrays[f"{name}_in"] for key, name in MDA_BUFFERS.items()}
+    layer.load_state_dict(state, strict=False)
+    x = arrays["x"].to(dtype).requires_grad_()
+    y = layer(x)
+    y.backward(arrays["gout"].to(dtype))
+    close(y, arrays["y64"].numpy(), dtype, gradient=False)
+    close(x.grad, arrays["gx64"].numpy(), dtype, gradient=True)
+    for key, name in MDA_NAMES.items():
+        grad = layer.get_parameter(key).grad
+        if name == "sc_b":
+            assert not grad.any()
+        else:
+            close(grad, arrays[f"g_{name}"].numpy(), torch.float32, gradient=True)
+    for key, name in MDA_BUFFERS.items():
+        want = arrays[f"{name}_out"].numpy()
+        close(layer.get_buffer(key), want, torch.float32, gradient=False)
+    tracked = int(bool(arrays["train"]))
+    assert [int(n.num_batches_tracked) for n in (layer.ca_bn, layer.norm_bn)] == [tracked] * 2
+
+
+@pytest.mark.parametrize(("dataset", "maps"), [("sysu", 2), ("regdb", 12)])
+def test_distribution_adapter_has_the_official_layout(dataset: str, maps: int) -> None:
+    layout = golden("mcja/state_dict_layout")
+    rows = zip(*(layout[f"{dataset}__{k}"].tolist() for k in ("names", "shapes")), strict=True)
+    official = {k.removeprefix("MDA_2.0."): s for k, s in rows if k.startswith("MDA_2.0.")}
+    layer = DistributionAdapter(512, maps)
+    ours = {k: "x".join(map(str, v.shape)) for k, v in layer.state_dict().items()}
+    assert ours == official
+    assert list(ours) == list(official)
+    x = torch.randn(2, 512, 3, 2)
+    assert torch.equal(layer(x), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,10 +31,10 @@ CASES = {
 }
 
 BUDGETS = {
-    "_pattern_maps_kernel": Budget(registers=168, shared=65536, matrix=True, wide_stores=True),
+    "_pattern_maps_kernel": Budget(registers=184, shared=65536, matrix=True, wide_stores=True),
     "_pattern_softmax_kernel": Budget(registers=64, shared=1024, wide_stores=True),
     "_pattern_pool_kernel": Budget(registers=96, shared=49152, matrix=True, wide_stores=True),
-    "_pattern_logit_gradient_kernel": Budget(registers=168, shared=65536, matrix=True),
+    "_pattern_logit_gradient_kernel": Budget(registers=184, shared=65536, matrix=True),
     "_pattern_softmax_gradient_kernel": Budget(registers=64, shared=8192, wide_stores=True),
     "_pattern_map_gradient_kernel": Budget(
         registers=128, shared=49152, matrix=True, wide_stores=True
