@@ -5,6 +5,8 @@ device against the kernels that take two passes.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ import fastreid_vi
 from fastreid_vi import ops
 from fastreid_vi._dispatch import OPS
 from tests.cuda import emulator
+from tests.cuda.budgets import BUDGETS
 from tests.cuda.conftest import SANITIZED, Emulated
-from tests.cuda.test_pattern_pool_kernels import ACTIVATIONS, exact, seeded
+from tests.cuda.test_pattern_pool_kernels import ACTIVATIONS, exact, exact_gradients, seeded
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -67,6 +70,20 @@ def test_agrees_with_float64(rooms: Emulated, case, dtype):
         got = rooms.pattern_pool(x, w, bias, activation)
     assert launched_clusters(launches, shape[0])
     assert_close(got, exact(x, w, bias, activation), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation"), [((1, 2048, 24, 8), "sigmoid"), ((1, 1024, 24, 12), "softmax")]
+)
+def test_published_sizes(emulation: emulator.Emulator, shape, activation):
+    emulation.order("shuffled")
+    x, w = channels_last(shape, torch.bfloat16), weights(6, shape[1], torch.bfloat16)
+    with emulation.unwatched(), emulation.recorded() as launches:
+        got = Emulated(emulation).pattern_pool(x, w, None, activation)
+    assert launched_clusters(launches, 1)
+    static, system, of_an_sm = BUDGETS["pattern_cluster_kernel"].shared, 1024, 228 * 1024
+    assert 2 * (launches[0][6] + static + system) <= of_an_sm  # a second block finds room
+    assert_close(got, exact(x, w, None, activation), torch.bfloat16)
 
 
 def test_a_slice_of_a_larger_map(rooms: Emulated):
@@ -137,14 +154,15 @@ def why_no_clusters() -> str | None:
     return None if compiled else "NVRTC's launchers have no clusters"
 
 
-def kernel_names(call: object) -> list[str]:
-    """The kernels of ours that a call runs on the device."""
+def kernels_of(call: Callable[[], object]) -> set[str]:
+    """Which of the pattern kernels a call runs on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()  # type: ignore[operator]
+        call()
         torch.cuda.synchronize()
-    return [e.name for e in seen.events() if "pattern_" in e.name]
+    found = (re.search(r"pattern_(\w+)_kernel", event.name) for event in seen.events())
+    return {match[1] for match in found if match}
 
 
 @pytest.mark.gpu
@@ -164,13 +182,33 @@ def test_on_a_device(size, channels, activation, dtype, monkeypatch: pytest.Monk
 
     with fastreid_vi.backend("cuda"):
         got = run()
-        assert all("pattern_cluster_kernel" in name for name in kernel_names(run))
+        assert kernels_of(run) == {"cluster"}
         for again in (run() for _ in range(20)):
             assert torch.equal(got.pooled, again.pooled)
             assert torch.equal(got.maps, again.maps)
         monkeypatch.setenv("FASTREID_VI_CLUSTERS", "0")
         plain = run()
-        assert not any("pattern_cluster_kernel" in name for name in kernel_names(run))
+        assert kernels_of(run) == {"scores", "sums"} | {"softmax"} & {activation}
     want = exact(x, w, bias, activation)
     assert_close(got, want, dtype)
     assert_close(plain, want, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.bfloat16, 1e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_on_a_device(activation, dtype, budget):
+    """Backward in two passes behind a forward by clusters."""
+    if reason := why_no_clusters():
+        pytest.skip(reason)
+    x = channels_last((37, 2048, 24, 8), dtype).cuda().relu_().requires_grad_()
+    w = weights(6, 2048, dtype).cuda().requires_grad_()
+    bias = seeded((6,), dtype).cuda().requires_grad_()
+    with fastreid_vi.backend("cuda"):
+        pooled, maps = ops.pattern_pool(x, w, bias, activation=activation)
+        cotangents = seeded(pooled.shape, dtype).cuda(), seeded(maps.shape, dtype).cuda()
+        got = torch.autograd.grad((pooled, maps), (x, w, bias), cotangents)
+    want = exact_gradients(*cotangents, x.detach(), w.detach(), maps.detach(), activation)
+    for gradient, expected in zip(got, want, strict=True):
+        error = (gradient.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+        assert error <= budget
