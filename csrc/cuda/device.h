@@ -73,6 +73,23 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }
 
+// `dimension` must live until the launch.
+inline cudaLaunchConfig_t cluster_config(unsigned cluster, dim3 grid, dim3 block,
+                                         size_t shared_bytes, cudaStream_t stream,
+                                         cudaLaunchAttribute* dimension) {
+  dimension->id = cudaLaunchAttributeClusterDimension;
+  dimension->val.clusterDim.x = cluster;
+  dimension->val.clusterDim.y = dimension->val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = dimension;
+  config.numAttrs = 1;
+  return config;
+}
+
 // With `cluster` neighbouring blocks running together; sm_90 and later.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
@@ -82,16 +99,7 @@ void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid,
                          static_cast<int>(shared_bytes));
   }
   cudaLaunchAttribute dimension{};
-  dimension.id = cudaLaunchAttributeClusterDimension;
-  dimension.val.clusterDim.x = cluster;
-  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &dimension;
-  config.numAttrs = 1;
+  const auto config = cluster_config(cluster, grid, block, shared_bytes, stream, &dimension);
   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 #endif

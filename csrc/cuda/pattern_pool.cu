@@ -128,7 +128,9 @@ bool fits_clusters(const Problem& problem, const Tensor& weight) {
   const int64_t others = fastreid_vi::kPatternWarps * kMapGroup * 2 * sizeof(float);  // reductions
   return layout.bytes() + others <= fastreid_vi::shared_memory_limit() &&
          fits_vectors(problem.x, {weight}) &&
-         fastreid_vi::runs_clusters(fastreid_vi::pattern_cluster_kernel<T>);
+         fastreid_vi::runs_clusters(fastreid_vi::pattern_cluster_kernel<T>,
+                                    fastreid_vi::kClusterBlocks, dim3(kPatternThreads),
+                                    static_cast<size_t>(layout.bytes()));
 }
 
 // One pass over x.

@@ -71,17 +71,29 @@ inline int64_t shared_memory_limit() {
 #endif
 }
 
-// Whether the current device runs clusters of blocks, and what it has of `kernel` was compiled for
-// one that does.
+// Whether the current device can run a kernel in clusters of this size, and has it compiled for
+// that: code for sm_80 does nothing. A slice of a GPU (MIG) may be too small.
 template <typename... Parameters>
-bool runs_clusters([[maybe_unused]] void (*kernel)(Parameters...)) {
+bool runs_clusters([[maybe_unused]] void (*kernel)(Parameters...),
+                   [[maybe_unused]] unsigned cluster, [[maybe_unused]] dim3 block,
+                   [[maybe_unused]] size_t shared_bytes) {
 #ifdef __CUDACC__
-  int device = 0, major = 0;
+  int device = 0, major = 0, clusters = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaFuncAttributes attributes{};
-  return major >= 9 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-         attributes.ptxVersion >= 90;
+  if (major < 9 || cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
+      attributes.ptxVersion < 90) {
+    return false;
+  }
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(shared_bytes));
+  cudaLaunchAttribute dimension{};
+  const auto config =
+      cluster_config(cluster, dim3(cluster), block, shared_bytes, nullptr, &dimension);
+  const bool known = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  if (!known) cudaGetLastError();  // it is no error of the launch to come
+  return known && clusters > 0;
 #else
   return true;
 #endif
