@@ -24,8 +24,6 @@ using fastreid_vi::kPiece;
 using fastreid_vi::plane;
 using torch::stable::Tensor;
 
-constexpr int64_t kCache = 1 << 18;  // bytes of a block of channels, read two or three times
-
 struct Rectify {
   template <typename A>
   [[gnu::always_inline]] A operator()(A z) const {
@@ -195,13 +193,12 @@ FASTREID_VI_CLONES void gradient_row(const T* __restrict g, const T* __restrict 
   }
 }
 
-// The blocks of channels that a thread takes at a time: one plane of an NCHW map, or as many
-// columns of a channels-last map as the cache holds of `maps` maps.
+// The blocks of channels that a thread takes at a time: one plane of an NCHW map, or whole runs of
+// a channels-last map (narrower columns fall into few sets of the cache, and are slower).
 struct Blocks {
-  Blocks(const FeatureMap& map, bool columns, int64_t maps, int64_t bytes)
+  Blocks(const FeatureMap& map, bool columns)
       : batches(map.batches), channels(map.channels), positions(map.positions), columns(columns) {
-    const int64_t fit = kCache / (maps * bytes * positions) / kLanes * kLanes;
-    width = columns ? std::min(std::clamp(fit, kLanes, kBlock), channels) : 1;
+    width = columns ? std::min(kBlock, channels) : 1;
     count = (channels + width - 1) / width;
   }
   int64_t batches, channels, positions, width, count;
@@ -258,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act(
     const auto fixed_var = fastreid_vi::values_of(running_var, map.channels, A(0));
     A *means = mean.mutable_data_ptr<A>(), *variances = variance.mutable_data_ptr<A>();
     T* y = out.mutable_data_ptr<T>();
-    const Blocks blocks(map, columns, 1, sizeof(T));
+    const Blocks blocks(map, columns);
     blocks.each([&](int64_t b, int64_t c, int64_t width) {
       const auto from = plane<T>(map, b), plus = plane<T>(add, b);
       A *mu = means + b * map.channels + c, *v = variances + b * map.channels + c;
@@ -315,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
     T* dx = out.mutable_data_ptr<T>();
     std::vector<A> on_weight(static_cast<size_t>(map.batches * map.channels));
     std::vector<A> on_bias(on_weight.size());
-    const Blocks blocks(map, columns, 2, sizeof(T));
+    const Blocks blocks(map, columns);
     blocks.each([&](int64_t b, int64_t c, int64_t width) {
       const auto from = plane<T>(map, b), g = plane<T>(given, b);
       const int64_t first = b * map.channels + c;

@@ -51,6 +51,7 @@ class TestDistributionAdapter(OpContract):
         ((5, 7, 1, 8), 3),
         ((4, 16, 6, 1), 12),
         ((4, 1, 5, 4), 2),
+        ((8, 261, 3, 4), 2),
     )
 
     def inputs(self, case: Any, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ class TestInstanceNormAct(OpContract):
         ((0, 8, 4, 3), "relu", True, True),
         ((2, 3, 1, 1), "leaky_relu", True, False),
         ((2, 7, 17, 23), "relu", False, False),
+        ((1, 261, 3, 2), "leaky_relu", True, False),
     )
 
     def inputs(self, case: Any, dtype: torch.dtype) -> tuple[Any, ...]:
