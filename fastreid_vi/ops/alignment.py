@@ -67,7 +67,8 @@ def align_features(
     True
 
     Spec: lba 3 (warp, reconstruction). Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon. Backends: cpu.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon.
+    Backends: cpu, triton.
     """
     _checks.feature_map("features", features)
     _checks.labels_of("index", index, features.shape[0], features.device)
@@ -320,7 +321,7 @@ _align = register(
     verify=_verify_align,
     setup_context=_align_save,
     backward=_align_gradient,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _align_backward = register(
     "align_features_backward",
@@ -328,7 +329,7 @@ _align_backward = register(
     " float temperature) -> Tensor",
     reference=_align_backward_reference,
     fake=lambda grad, features, *rest: _map_like(features),
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _dense = register(
     "dense_alignment",

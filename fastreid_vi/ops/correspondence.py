@@ -59,7 +59,7 @@ def feature_mask(features: Tensor) -> Tensor:
     >>> feature_mask(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 1, 1, 3)).flatten().tolist()
     [0.0, 0.5, 1.0]
 
-    Spec: lba 3 (mask). Golden: lba/cmalign_mask_recon, lba/cmalign_edge. Backends: cpu.
+    Spec: lba 3 (mask). Golden: lba/cmalign_mask_recon, lba/cmalign_edge. Backends: cpu, triton.
     """
     _checks.feature_map("features", features)
     mask: Tensor = _feature_mask(features)
@@ -89,7 +89,7 @@ def correspondence_probability(
     >>> correspondence_probability(x, x)[0].diagonal().tolist()
     [1.0, 1.0, 1.0, 1.0]
 
-    Spec: lba 3 (matching probability). Golden: lba/cmalign_similarity_warp. Backends: cpu.
+    Spec: lba 3 (matching probability). Golden: lba/cmalign_similarity_warp. Backends: cpu, triton.
     """
     source, target, index = _pairing(source, target, index)
     _checks.above("temperature", temperature, 0)
@@ -134,7 +134,7 @@ def correspondence_warp(
     True
 
     Spec: lba 3 (warp, co-attention mask). Golden: lba/cmalign_similarity_warp,
-    lba/cmalign_mask_recon. Backends: cpu.
+    lba/cmalign_mask_recon. Backends: cpu, triton.
     """
     source, target, index = _pairing(source, target, index)
     if (source_mask is None) != (target_mask is None):
@@ -317,7 +317,7 @@ _feature_mask = register(
     setup_context=_mask_save,
     backward=_mask_gradient,
     rows=(0,),
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _probability = register(
     "correspondence_probability",
@@ -327,7 +327,7 @@ _probability = register(
     verify=_verify_index,
     setup_context=_probability_save,
     backward=_probability_gradient,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _probability_backward = register(
     "correspondence_probability_backward",
@@ -335,7 +335,7 @@ _probability_backward = register(
     " float temperature) -> (Tensor, Tensor)",
     reference=_probability_backward_reference,
     fake=_backward_fake,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _warp = register(
     "correspondence_warp",
@@ -346,7 +346,7 @@ _warp = register(
     verify=_verify_index,
     setup_context=_warp_save,
     backward=_warp_gradient,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _warp_backward = register(
     "correspondence_warp_backward",
@@ -354,5 +354,5 @@ _warp_backward = register(
     " float temperature) -> (Tensor, Tensor)",
     reference=_warp_backward_reference,
     fake=_backward_fake,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
