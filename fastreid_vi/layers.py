@@ -10,6 +10,7 @@ import math
 from torch import Tensor, nn
 
 from fastreid_vi import ops
+from fastreid_vi.ops._matching import Weighting
 from fastreid_vi.ops.instance_norm import Activation as NormActivation
 from fastreid_vi.ops.pool import Activation
 
@@ -190,3 +191,35 @@ class DistributionAdapter(nn.Module):
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.add_(1)
         return out
+
+
+class CMAlign(nn.Module):
+    """LbA's cross-modality feature alignment; see `ops.dense_alignment`. No parameters.
+
+    Args:
+        temperature: factor of the cosine before the softmax over positions.
+        margin: of the dense triplet loss.
+        weighting: "sample" is the paper's, "batch" what the released code computes.
+    """
+
+    def __init__(
+        self, temperature: float = 50.0, margin: float = 0.3, weighting: Weighting = "sample"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.margin = temperature, margin
+        self.weighting: Weighting = weighting
+
+    def forward(self, features: Tensor, positive: Tensor, negative: Tensor) -> ops.DenseAlignment:
+        """[B, C, H, W] and two index vectors [B] -> `DenseAlignment(aligned, loss, comask)`."""
+        return ops.dense_alignment(
+            features,
+            positive,
+            negative,
+            temperature=self.temperature,
+            margin=self.margin,
+            weighting=self.weighting,
+        )
+
+    def extra_repr(self) -> str:
+        """Options."""
+        return f"temperature={self.temperature}, margin={self.margin}, weighting={self.weighting!r}"

@@ -81,7 +81,7 @@ class EmulatedRuntime:
         self.emulator = emulator.Emulator(emulator.build(folder, "plain", tables))
         self.launched: set[str] = set()
 
-    @cache  # noqa: B019  lives as long as the session
+    @cache  # noqa: B019  lives as long as the run
     def _function(self, header: str, expression: str) -> Any:
         index = kernels()[header].index(expression)
         function = getattr(self.emulator.functions, f"{header.removesuffix('.cuh')}_{index}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastreid_vi.layers import (
     BNNeck,
+    CMAlign,
     DistributionAdapter,
     GeM,
     InstanceNormAct,
@@ -215,6 +217,20 @@ def test_neck_bias_is_frozen_at_zero() -> None:
     spread = BNNeck(4096, weight_std=0.01).weight
     assert float(spread.detach().mean()) == pytest.approx(1.0, abs=1e-3)
     assert float(spread.detach().std()) == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize(("weighting", "key"), [("sample", "paper"), ("batch", "official")])
+def test_alignment_equals_the_published_block(weighting: Any, key: str) -> None:
+    v = golden("lba/cmalign_loss_b")
+    x = torch.from_numpy(v["feat"]).double().requires_grad_()
+    layer = CMAlign(float(v["temperature"]), float(v["margin"]), weighting)
+    assert f"weighting='{weighting}'" in repr(layer)
+    result = layer(x, torch.from_numpy(v["pos_idx"]), torch.from_numpy(v["neg_idx"]))
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(float(v[f"loss_{key}"]), rel=1e-9)
+    torch.testing.assert_close(result.aligned.detach(), torch.from_numpy(v["recon_pos"]))
+    want = torch.from_numpy(v[f"grad_feat_loss_{key}"])
+    torch.testing.assert_close(x.grad, want, rtol=1e-6, atol=1e-12)
 
 
 def test_bad_layer_arguments() -> None:
