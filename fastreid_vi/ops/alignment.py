@@ -67,8 +67,7 @@ def align_features(
     True
 
     Spec: lba 3 (warp, reconstruction). Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon.
-    Backends: cpu, triton.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_mask_recon. Backends: cpu, triton.
     """
     _checks.feature_map("features", features)
     _checks.labels_of("index", index, features.shape[0], features.device)

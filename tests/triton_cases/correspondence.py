@@ -32,5 +32,5 @@ BUDGETS = {
     "_warp_kernel": Budget(registers=255, shared=65536, matrix=True),
     "_match_gradient_kernel": Budget(registers=255, shared=8192, wide_loads=False),
     "_key_radial_kernel": Budget(registers=255, shared=32768, wide_loads=False),
-    "_gather_kernel": Budget(registers=255, shared=65536, matrix=True),
+    "_gather_kernel": Budget(registers=255, shared=81920, matrix=True),
 }
