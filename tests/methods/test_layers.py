@@ -221,7 +221,7 @@ def test_neck_bias_is_frozen_at_zero() -> None:
 
 @pytest.mark.parametrize(("weighting", "key"), [("sample", "paper"), ("batch", "official")])
 def test_alignment_equals_the_published_block(weighting: Any, key: str) -> None:
-    v = golden("lba/cmalign_loss_b")
+    v = golden("lba/cmalign_loss_c_signed")
     x = torch.from_numpy(v["feat"]).double().requires_grad_()
     layer = CMAlign(float(v["temperature"]), float(v["margin"]), weighting)
     assert f"weighting='{weighting}'" in repr(layer)
