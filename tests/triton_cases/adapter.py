@@ -30,7 +30,7 @@ CASES = {
     ),
     "distribution_adapter, evaluation, NCHW": Case(
         call=lambda: distribution_adapter(
-            64, 512, 48, 24, maps=2, dtype=torch.float32, last=False, training=False
+            64, 512, 48, 24, maps=2, dtype=torch.bfloat16, last=False, training=False
         ),
     ),
 }
