@@ -52,9 +52,9 @@ def on_device(ours: dict[str, Any]) -> str:
     return f"{graph} | " + (f"{ours['fraction']:.2f}" if "fraction" in ours else "-")
 
 
-def table(record: dict[str, Any]) -> str:
-    """The Markdown table; on a GPU with two columns more."""
-    groups = grouped(record)
+def table(record: dict[str, Any], only: str | None = None) -> str:
+    """The Markdown table, of one mode if wanted; on a GPU with two columns more."""
+    groups = {key: peers for key, peers in grouped(record).items() if only in (None, key[2])}
     gpu = any("device" in entry["extra_info"] for entry in record["benchmarks"])
     heads = ["op", "shape", "mode", "room", "ms (quartiles)", *OTHERS, "third parties"]
     heads += ["graph us", "of roofline"] if gpu else []
@@ -76,9 +76,11 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, help="written by pytest --benchmark-json")
-    record = json.loads(parser.parse_args().json.read_text())
+    parser.add_argument("--mode", choices=("forward", "training"), help="default: both")
+    arguments = parser.parse_args()
+    record = json.loads(arguments.json.read_text())
     machine = record["machine_info"]
-    print(table(record))
+    print(table(record, arguments.mode))
     print(
         f"\n{record['datetime'][:10]}, commit {record['commit_info']['id'][:8]}, "
         f"{machine.get('device', '?')}, {machine.get('threads', '?')} threads, "
