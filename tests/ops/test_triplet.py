@@ -88,8 +88,8 @@ class TestBatchHardTripletLoss(OpContract):
 
     @pytest.mark.parametrize("name", ["cross", "same", "p18k4", "no_positive", "no_negative"])
     def test_golden_aligngan(self, name: str, room: str) -> None:
-        v = {k: golden("aligngan/triplet")[f"{name}__{k}"] for k in ("l1", "l2", "margin", "loss")}
         w = golden("aligngan/triplet")
+        v = {k: w[f"{name}__{k}"] for k in ("l1", "l2", "margin", "loss")}
         labels = {"labels": tensor(v["l1"]), "margin": float(v["margin"]), "metric": "cosine"}
         floats = [tensor(w[f"{name}__emb1"])]
         if not w[f"{name}__same_tensor"]:
