@@ -19,6 +19,15 @@ VISIBLE, INFRARED = 0, 1
 
 DatasetName = Literal["sysu", "regdb", "llcm"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SamplerName = Literal[
+    "paired_identity",
+    "identity_random",
+    "norm_triplet",
+    "uniform",
+    "identity_uniform",
+    "random",
+]
+Spectrum = Literal["hue", "gray", "cutmix", "jitter", "none"]
 
 
 class Batch(NamedTuple):
@@ -28,6 +37,16 @@ class Batch(NamedTuple):
     labels: Tensor  # [B] int64, contiguous training label
     modality: Tensor  # [B] int64, VISIBLE or INFRARED
     cams: Tensor  # [B] int64, camera number on disk
+    paired: int = 0
+    """k > 0 promises rows [visible | infrared], both halves identity by identity with k images each
+    and the same labels in the same order: a method may then split them without asking the device.
+    0 promises nothing."""
+
+    def rows(self, start: int, stop: int, paired: int = 0) -> Batch:
+        """The rows from `start` up to `stop`, with a promise of their own."""
+        part = slice(start, stop)
+        images, labels = self.images[part], self.labels[part]
+        return Batch(images, labels, self.modality[part], self.cams[part], paired)
 
 
 def _positive(**fields: float) -> None:
@@ -61,8 +80,13 @@ class DataConfig:
     """P: identities in a batch."""
     images: int
     """K: images of each identity in a batch, both modalities together."""
-    sampler: Literal["paired_identity", "identity_random"]
+    sampler: SamplerName
     """Batch sampler, named as in the data set specification, section 5."""
+    pixel_identities: int = 0
+    """Identities of a second, smaller batch that follows the first in every iteration (AlignGAN's
+    pixel batch, official: 4); 0 for none."""
+    trial: int = 1
+    """RegDB: which of the ten halvings is trained on and tested, 1 to 10."""
     splits: tuple[str, ...] = ("train", "val")
     """Identity lists that are trained on; the field trains on train + val."""
     label_order: Literal["sorted", "file"] = "sorted"
@@ -85,6 +109,18 @@ class DataConfig:
     """Probability of replacing an image by a random mixture of its channels with random tone, so
     that neither colour nor polarity helps. In no published recipe; small networks trained from
     scratch profit."""
+    visible_spectra: tuple[Spectrum, ...] = ()
+    """Changes of a visible image's channels; one of them is chosen with equal probability for every
+    image ("none" keeps its share but does nothing). MCJA: hue, gray, cutmix, jitter."""
+    spectrum_probability: float = 0.5
+    """Probability that the chosen one acts; official MCJA: 0.5."""
+    cutmix_axes: Literal["official", "fixed"] = "official"
+    """Channel cutmix reads (width, height) as (height, width), as MCJA's code does, or not (Q1)."""
+    gray_rounding: Literal["trunc", "nearest"] = "trunc"
+    """Weighted grayscale and spectrum jitter cut the fraction off, as MCJA's code does, or round
+    (Q3)."""
+    normalize: Literal["imagenet", "symmetric"] = "imagenet"
+    """Pixel values after the transform: ImageNet's mean and deviation, or -1 to 1 (AlignGAN)."""
     workers: int = 2
     """Loader processes; 0 loads in the training process. Batches do not depend on it."""
     cache: bool = False
@@ -98,13 +134,17 @@ class DataConfig:
         _positive(
             height=self.height, width=self.width, identities=self.identities, images=self.images
         )
-        for name in ("flip", "erase", "channel_mix"):
+        for name in ("flip", "erase", "channel_mix", "spectrum_probability"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
         if self.images % 2:
             raise ValueError(
                 f"images: expected an even number (half of each modality), got {self.images}"
             )
+        if self.pixel_identities < 0:
+            raise ValueError(f"pixel_identities: expected >= 0, got {self.pixel_identities}")
+        if not 1 <= self.trial <= 10:
+            raise ValueError(f"trial: expected 1 to 10, got {self.trial}")
         if self.pad < 0 or self.workers < 0 or self.validation < 0:
             raise ValueError("pad, workers, validation: expected >= 0")
         if not 0 <= self.pad_value <= 255:
@@ -148,6 +188,9 @@ class ScheduleConfig:
 
     epochs: int
     """Length of the run."""
+    iterations: int = 0
+    """Batches of an epoch; 0 for one pass of the sampler. AlignGAN, whose code knows no epochs,
+    counts steps of 100."""
     milestones: tuple[int, ...] = ()
     """The rate is multiplied by `gamma` after each of these epochs."""
     gamma: float = 0.1
@@ -159,6 +202,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _positive(epochs=self.epochs, gamma=self.gamma)
+        if self.iterations < 0:
+            raise ValueError(f"iterations: expected >= 0, got {self.iterations}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones: expected rising epochs, got {self.milestones}")
         if self.warmup_epochs < 0:
@@ -175,6 +220,15 @@ class RunConfig:
     """Autocast dtype; "auto" is bf16 on CUDA devices that support it, fp32 elsewhere."""
     channels_last: bool = True
     """Memory format of the network."""
+    compile: bool = False
+    """Compile the backbone with torch.compile."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before the optimiser moves."""
+    bn: Literal["local", "sync"] = "local"
+    """Batch statistics of each process alone, or of all processes together (torchrun)."""
+    skip_nonfinite: bool = False
+    """Leave a step out whose loss or gradient is not finite, with a warning, instead of stopping;
+    waits for the device in every step."""
     eval_every: int = 10
     """Epochs between evaluations; 0 evaluates only after the last."""
     checkpoint_every: int = 1
@@ -188,6 +242,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(checkpoint_every=self.checkpoint_every, keep=self.keep, log_every=self.log_every)
+        _positive(accumulate=self.accumulate)
         if self.eval_every < 0 or self.checkpoint_steps < 0:
             raise ValueError("eval_every, checkpoint_steps: expected >= 0")
 
@@ -204,6 +259,10 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig
     run: RunConfig = field(default_factory=RunConfig)
+
+    def optim_of(self, player: str) -> OptimConfig:
+        """The optimiser of a player (`Method.player`): the same for all unless a recipe says so."""
+        return self.optim
 
 
 T = TypeVar("T")

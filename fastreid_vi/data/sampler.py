@@ -8,15 +8,13 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastreid_vi.config import INFRARED, VISIBLE
+from fastreid_vi.config import INFRARED, VISIBLE, SamplerName
 from fastreid_vi.data.images import DataError, Int64
-
-SamplerName = Literal["paired_identity", "identity_random"]
 
 Random = np.random.RandomState | np.random.Generator
 

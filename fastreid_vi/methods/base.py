@@ -31,11 +31,13 @@ class Method(nn.Module, ABC):
     """A published method.
 
     The training loop calls, for epoch e = 1, 2, ...: `begin_epoch(e)`; for every batch and every
-    phase in order `training_step(batch, phase)`, backward, the optimiser's step, `after_step()`.
+    one of `active_phases` in order `training_step(phase_batch(batch, phase), phase)`, backward, the
+    step of that phase's optimiser, `after_step()`. Only the phase's own parameters ask for
+    gradients meanwhile.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("main",)
-    """Steps of one iteration, each with its own optimiser."""
+    """All steps an iteration can have, in order."""
 
     backbone: Trunk
     embed_dim: int
@@ -77,6 +79,23 @@ class Method(nn.Module, ABC):
         """Set what a method schedules by epoch (1-based)."""
         if epoch < 1:
             raise ValueError(f"epoch: expected >= 1, got {epoch}")
+
+    @property
+    def active_phases(self) -> tuple[str, ...]:
+        """The phases of an iteration of the current epoch, in order."""
+        return self.phases
+
+    def player(self, phase: str) -> str:
+        """Name of the optimiser of `phase`; phases of one player share its optimiser and state."""
+        return phase
+
+    def phase_batch(self, batch: Batch, phase: str) -> Batch:
+        """The rows of the loader's batch that `phase` works on; all by default."""
+        return batch
+
+    def compile_backbone(self) -> None:
+        """Compile what takes most of a step, in place; names of parameters stay as they are."""
+        self.backbone.compile()
 
     def phase_parameters(self, phase: str) -> Iterable[nn.Parameter]:
         """Parameters that the optimiser of `phase` moves, those without gradient included."""

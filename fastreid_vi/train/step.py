@@ -87,10 +87,10 @@ def deterministic() -> Iterator[None]:
 
 def move(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     """The batch on `device`, images in the network's memory format."""
-    images, *rest = (tensor.to(device, non_blocking=True) for tensor in batch)
+    images, labels, modality, cams = (tensor.to(device, non_blocking=True) for tensor in batch[:4])
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, *rest)
+    return Batch(images, labels, modality, cams, batch.paired)
 
 
 class Stepper:
