@@ -18,6 +18,22 @@ IGNORED: int = -1
 """Label that the identity losses leave out."""
 
 
+class OfficialKeyError(ValueError):
+    """A state dict does not have the keys of an official checkpoint; the first ones are named."""
+
+    def __init__(
+        self, missing: Iterable[str] = (), unknown: Iterable[str] = (), what: str = "checkpoint"
+    ) -> None:
+        self.missing, self.unknown = tuple(missing), tuple(unknown)
+        faults = [
+            f"{kind} {', '.join(map(repr, keys[:3]))}"
+            + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            for kind, keys in (("missing", self.missing), ("unknown", self.unknown))
+            if keys
+        ]
+        super().__init__(f"{what}: {'; '.join(faults) or 'keys do not fit'}")
+
+
 class Losses(NamedTuple):
     """Named scalars and the weighted sum that is minimised."""
 
