@@ -12,24 +12,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastreid_vi._console import Console, one_line, table, warnings_shown
 from fastreid_vi._flags import UsageError, published, take_name, with_flags
-from fastreid_vi.version import __version__
+from fastreid_vi._parsers import PROGRAM, build_parser
 
 if TYPE_CHECKING:
     from fastreid_vi.config import Recipe
 
-PROGRAM = "fastreid-vi"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-EVAL_ON = (
-    "identities that choose the best epoch: held-out training ones, or those of the test, which "
-    "makes the table look better than it is"
-)
-
-IMAGES = "fewest and most images of a person in a camera (2 14)"
 # What bad input raises; anything else is a fault of ours, and the line says of which type.
 EXPECTED = (UsageError, ValueError, OSError, ImportError)
 
@@ -44,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 failed, with one line on standard error that says why; 2 wrong usage; 130 Ctrl-C.
     """
-    args, rest = _parser().parse_known_args(argv)
-    if rest and args.verb is not train:
+    args, rest = build_parser().parse_known_args(argv)
+    if rest and args.verb != "train":
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     console = Console(args.json)
     try:
-        verb: Verb = args.verb
+        verb = VERBS[args.verb]
         with warnings_shown(console, PROGRAM):
             return verb(args, console)
     except UsageError as error:
@@ -266,126 +259,12 @@ def _explain(error: Exception, args: argparse.Namespace, console: Console, code:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Visible-infrared person re-identification: data, training, evaluation.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    data = verbs.add_parser("data", help="draw a stand-in data set; check a folder")
-    kinds = data.add_subparsers(title="verbs", metavar="VERB", required=True)
-    _add_synth(_verb(kinds, "synth", data_synth, "draw a stand-in data set of image files"))
-    _add_check(_verb(kinds, "check", data_check, "hold a folder against the known counts"))
-    _add_train(verbs)
-    _add_eval(_verb(verbs, "eval", evaluate, "print a run's table under the official protocol"))
-    _add_report(_verb(verbs, "report", report, "write one offline HTML page about runs"))
-    _verb(verbs, "doctor", doctor, "say what is built, what runs where, and why not")
-    return parser
-
-
-def _verb(verbs: Any, name: str, call: Verb, about: str, **options: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        allow_abbrev=False,
-        **options,
-    )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    parser.set_defaults(verb=call, parser=parser)
-    return parser
-
-
-def _add_synth(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("root", type=Path, metavar="DIR", help="folder to create")
-    add("--layout", choices=["sysu"], default="sysu", help="SYSU-MM01's folders and files")
-    add("--train-ids", type=_count, default=60, metavar="N", help="training identities (60)")
-    add("--val-ids", type=_count, default=12, metavar="N", help="identities of the val list (12)")
-    add("--test-ids", type=_count, default=30, metavar="N", help="test identities (30)")
-    add("--seed", type=int, default=0, help="same seed, same files (0)")
-    add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
-    add("--width", type=_count, default=64, metavar="PX", help="image width (64)")
-    add("--images", type=_count, nargs=2, default=(2, 14), metavar=("MIN", "MAX"), help=IMAGES)
-    add(
-        "--train-images",
-        type=_count,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="the same for training identities (as --images)",
-    )
-    add("--workers", type=_count, metavar="N", help="processes (one per core)")
-    add("--overwrite", action="store_true", help="replace an earlier stand-in")
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("root", type=Path, metavar="DIR", help="data set in SYSU-MM01's layout")
-    add(
-        "--against",
-        choices=["auto", "official", "itself"],
-        default="auto",
-        help="the real data set's counts, or only whether its parts agree (auto: by its lists)",
-    )
-    add("--no-decode", action="store_true", help="do not read the images")
-    add("--all", action="store_true", help="show every finding, not only the first")
-
-
-def _add_train(verbs: Any) -> None:
-    parser = _verb(
-        verbs,
-        "train",
-        train,
-        "train a method by a recipe",
-        add_help=False,
-        usage=f"{PROGRAM} train RECIPE --data-root DIR [--run-dir DIR] [options] [recipe flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_recipes(),
-    )
-    add = parser.add_argument
-    add("--data-root", type=Path, metavar="DIR", help="data set")
-    add("--run-dir", type=Path, metavar="DIR", help="run folder to create (runs/RECIPE)")
-    add("--recipe", type=Path, metavar="FILE", help="repeat the run of this run.json")
-    add("--resume", action="store_true", help="continue the run in --run-dir to the same bits")
-    add("--weights", metavar="W", help='"imagenet", "none" or a file: short for --model.weights')
-    add("--skip-broken", action="store_true", help="leave unreadable images out, with a count")
-    add("--eval-on", choices=["validation", "test"], default="validation", help=EVAL_ON)
-    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
-
-
-def _recipes() -> str:
-    from fastreid_vi.methods import RECIPES
-
-    return (
-        f"recipes: {', '.join(RECIPES)}\n\n"
-        f"{PROGRAM} train RECIPE --help lists the recipe flags, such as\n"
-        "--optim.lr 1e-3 --schedule.epochs 10 --model.depth 18 --data.height 288"
-    )
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder, checkpoint folder or weights file")
-    add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
-    add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
-    add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, nargs="+", metavar="RUN", help="evaluated run folders, side by side")
-    add("--out", type=Path, metavar="FILE", help="the page (RUN/report.html, or beside the runs)")
-    add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the runs")
-    add("--title", default="fastreid-vi report", help="heading of the page")
-    add("--queries", type=_count, default=3, metavar="N", help="rank lists of each kind (3)")
-    add("--seed", type=int, default=0, help="breaks ties among queries (0)")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+VERBS: dict[str, Verb] = {
+    "data synth": data_synth,
+    "data check": data_check,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "doctor": doctor,
+}
+"""What runs for each verb of `_parsers`."""

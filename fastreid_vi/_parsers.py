@@ -1,0 +1,146 @@
+"""The command line's verbs and arguments; `cli` runs them.
+
+A verb is a line in `build_parser`, a function that adds its arguments, and a line in `cli.VERBS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastreid_vi.version import __version__
+
+PROGRAM = "fastreid-vi"
+
+EVAL_ON = (
+    "identities that choose the best epoch: held-out training ones, or those of the test, which "
+    "makes the table look better than it is"
+)
+
+IMAGES = "fewest and most images of a person in a camera (2 14)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments; `args.verb` names the one that was chosen."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Visible-infrared person re-identification: data, training, evaluation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    data = verbs.add_parser("data", help="draw a stand-in data set; check a folder")
+    kinds = data.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_synth(_verb(kinds, "data synth", "draw a stand-in data set of image files"))
+    _add_check(_verb(kinds, "data check", "hold a folder against the known counts"))
+    _add_train(verbs)
+    _add_eval(_verb(verbs, "eval", "print a run's table under the official protocol"))
+    _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
+    _verb(verbs, "doctor", "say what is built, what runs where, and why not")
+    return parser
+
+
+def _verb(verbs: Any, name: str, about: str, **options: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name.split()[-1],
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        allow_abbrev=False,
+        **options,
+    )
+    parser.add_argument("--json", action="store_true", help="JSON on standard output")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.set_defaults(verb=name, parser=parser)
+    return parser
+
+
+def _add_synth(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("root", type=Path, metavar="DIR", help="folder to create")
+    add("--layout", choices=["sysu"], default="sysu", help="SYSU-MM01's folders and files")
+    add("--train-ids", type=_count, default=60, metavar="N", help="training identities (60)")
+    add("--val-ids", type=_count, default=12, metavar="N", help="identities of the val list (12)")
+    add("--test-ids", type=_count, default=30, metavar="N", help="test identities (30)")
+    add("--seed", type=int, default=0, help="same seed, same files (0)")
+    add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
+    add("--width", type=_count, default=64, metavar="PX", help="image width (64)")
+    add("--images", type=_count, nargs=2, default=(2, 14), metavar=("MIN", "MAX"), help=IMAGES)
+    add(
+        "--train-images",
+        type=_count,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="the same for training identities (as --images)",
+    )
+    add("--workers", type=_count, metavar="N", help="processes (one per core)")
+    add("--overwrite", action="store_true", help="replace an earlier stand-in")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("root", type=Path, metavar="DIR", help="data set in SYSU-MM01's layout")
+    add(
+        "--against",
+        choices=["auto", "official", "itself"],
+        default="auto",
+        help="the real data set's counts, or only whether its parts agree (auto: by its lists)",
+    )
+    add("--no-decode", action="store_true", help="do not read the images")
+    add("--all", action="store_true", help="show every finding, not only the first")
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "train",
+        "train a method by a recipe",
+        add_help=False,
+        usage=f"{PROGRAM} train RECIPE --data-root DIR [--run-dir DIR] [options] [recipe flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_recipes(),
+    )
+    add = parser.add_argument
+    add("--data-root", type=Path, metavar="DIR", help="data set")
+    add("--run-dir", type=Path, metavar="DIR", help="run folder to create (runs/RECIPE)")
+    add("--recipe", type=Path, metavar="FILE", help="repeat the run of this run.json")
+    add("--resume", action="store_true", help="continue the run in --run-dir to the same bits")
+    add("--weights", metavar="W", help='"imagenet", "none" or a file: short for --model.weights')
+    add("--skip-broken", action="store_true", help="leave unreadable images out, with a count")
+    add("--eval-on", choices=["validation", "test"], default="validation", help=EVAL_ON)
+    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+
+
+def _recipes() -> str:
+    from fastreid_vi.methods import RECIPES
+
+    return (
+        f"recipes: {', '.join(RECIPES)}\n\n"
+        f"{PROGRAM} train RECIPE --help lists the recipe flags, such as\n"
+        "--optim.lr 1e-3 --schedule.epochs 10 --model.depth 18 --data.height 288"
+    )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, checkpoint folder or weights file")
+    add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
+    add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
+    add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, nargs="+", metavar="RUN", help="evaluated run folders, side by side")
+    add("--out", type=Path, metavar="FILE", help="the page (RUN/report.html, or beside the runs)")
+    add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the runs")
+    add("--title", default="fastreid-vi report", help="heading of the page")
+    add("--queries", type=_count, default=3, metavar="N", help="rank lists of each kind (3)")
+    add("--seed", type=int, default=0, help="breaks ties among queries (0)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
