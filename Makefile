@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo   draw a data set, train baseline and MPANet, evaluate, report (runs/demo)"
+	@echo "            METHODS=\"lba mcja aligngan\" trains others and adds their rows"
 	@echo "make test   all tests and one round of every benchmark"
 	@echo "make lint   ruff, clang-format, mypy --strict"
 	@echo "make bench  benchmarks on this machine"
@@ -33,7 +34,7 @@ $(VENV)/.test: $(VENV)/.base $(SOURCES)
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(METHODS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -rs -p no:cacheprovider --durations=10 tests

@@ -1,7 +1,8 @@
-"""From nothing to a result table: draw a data set, train two methods, evaluate, report.
+"""From nothing to a result table: draw a data set, train methods, evaluate, report.
 
-`make demo` runs this. Every step is a `fastreid-vi` command, printed before it runs; paste one to
-change it. A second run keeps the data set and trains anew.
+`make demo` runs this, `make demo METHODS="lba mcja"` with other methods. Every step is a
+`fastreid-vi` command, printed before it runs; paste one to change it. A second run keeps the data
+set and the rows of methods that it does not train anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("baseline", "mpanet")
+METHODS = ("baseline", "mpanet")  # trained unless others are named
 METRICS = ("R1", "mAP", "mINP")
 # Many people with few pictures each: that is what a network without ImageNet weights learns from.
 SYNTH = {
@@ -46,55 +47,71 @@ EPOCHS = {
     "bf16": ("--schedule.epochs", "30", "--schedule.milestones", "22", "27"),
     "fp32": ("--schedule.epochs", "18", "--schedule.milestones", "13", "16"),
 }
+# What a method needs besides: the last of two equal flags counts.
+SPECIAL: dict[str, list[str]] = {
+    "baseline": [],
+    "mpanet": [],
+    "lba": ["--data.sampler", "paired_identity"],
+    "mcja": [],
+    "aligngan": [],
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
-    return demo(parser.parse_args().out)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(SPECIAL))
+    args = parser.parse_args()
+    if unknown := [name for name in args.methods if name not in SPECIAL]:
+        parser.error(f"methods: expected some of {', '.join(SPECIAL)}, got {unknown[0]!r}")
+    return demo(args.out, tuple(dict.fromkeys(args.methods)) or METHODS)
 
 
-def demo(out: Path) -> int:
+def demo(out: Path, methods: tuple[str, ...] = METHODS) -> int:
     """Run every step below `out`; returns the exit code."""
     start = time.monotonic()
     precision = "bf16" if has_bfloat16() else "fp32"
     try:
-        draw(out / "data")
-        for method in METHODS:
+        if draw(out / "data"):  # results on other pictures do not compare
+            (out / "results.json").unlink(missing_ok=True)
+        for method in methods:
             shutil.rmtree(out / method, ignore_errors=True)
-            flags = [*TRAIN, "--run.precision", precision, *EPOCHS[precision]]
             root = ["--data-root", out / "data", "--run-dir", out / method]
-            command("train", f"{method}-sysu", *root, *flags)
+            command("train", f"{method}-sysu", *root, *flags(method, precision))
             command("eval", out / method)
-        title = "fastreid-vi demo: baseline and MPANet on a drawn data set"
-        runs = [out / method for method in METHODS]
+            add_row(out / "results.json", method, read_test(out / method))
+        tests = {name: read_test(out / name) for name in SPECIAL if known(out, name)}
+        title = "fastreid-vi demo: visible-infrared re-identification on a drawn data set"
+        runs = [out / name for name in tests]
         command("report", *runs, "--out", out / "report.html", "--title", title)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)
     except KeyboardInterrupt:
         return 130
-    tests = {
-        method: json.loads((out / method / "result.json").read_text())["test"] for method in METHODS
-    }
-    write(out / "results.json", results(tests))
     print(f"\n{table(tests)}\n")
     print(f"{out / 'report.html'} shows curves, rank lists and pattern maps;")
     print(f"{out / 'results.json'} has the numbers. {(time.monotonic() - start) / 60:.1f} minutes.")
     return 0
 
 
-def draw(root: Path) -> None:
-    """Draw the data set, unless it is there already, made the same way."""
+def flags(method: str, precision: str) -> list[str]:
+    """The recipe flags of a method on this machine."""
+    return [*TRAIN, "--run.precision", precision, *EPOCHS[precision], *SPECIAL[method]]
+
+
+def draw(root: Path) -> bool:
+    """Draw the data set, unless it is there already, made the same way: whether it was drawn."""
     record = root / "exp" / "synthetic.json"
     if record.is_file():
         made = json.loads(record.read_text())
         if all(made.get(name) == value for name, value in SYNTH.items()):
             print(f"{root}: kept from an earlier run", flush=True)
-            return
-    flags: list[Any] = ["--overwrite"]
+            return False
+    words: list[Any] = ["--overwrite"]
     for name, value in SYNTH.items():
-        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
-    command("data", "synth", root, *flags)
+        words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    command("data", "synth", root, *words)
+    return True
 
 
 def has_bfloat16() -> bool:
@@ -114,27 +131,39 @@ def command(*words: Any) -> None:
     subprocess.run([sys.executable, "-m", "fastreid_vi", *typed], check=True)
 
 
-def results(tests: dict[str, Any]) -> dict[str, Any]:
-    """What results.json holds: fractions; of chance the rank-1 alone."""
-    settings = tests[METHODS[0]]["settings"]
-    found: dict[str, Any] = {"chance": {name: s["chance"]["R1"] for name, s in settings.items()}}
-    for method, test in tests.items():
-        found[method] = {
-            name: {metric: s["mean"][metric] for metric in METRICS}
-            for name, s in test["settings"].items()
-        }
-    return found
+def read_test(run: Path) -> dict[str, Any]:
+    """What `fastreid-vi eval` found."""
+    test: dict[str, Any] = json.loads((run / "result.json").read_text())["test"]
+    return test
+
+
+def known(out: Path, method: str) -> bool:
+    """Whether results.json has the row of a method, and its run is there to be shown."""
+    rows = json.loads((out / "results.json").read_text())
+    return method in rows and (out / method / "result.json").is_file()
+
+
+def add_row(path: Path, method: str, test: dict[str, Any]) -> None:
+    """Add a method to results.json, or replace its row: fractions; of chance the rank-1 alone."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    settings = test["settings"]
+    found["chance"] = {name: s["chance"]["R1"] for name, s in settings.items()}
+    found[method] = {
+        name: {metric: s["mean"][metric] for metric in METRICS} for name, s in settings.items()
+    }
+    write(path, {name: found[name] for name in ("chance", *SPECIAL) if name in found})
 
 
 def table(tests: dict[str, Any]) -> str:
-    """Both methods and chance side by side, percent."""
-    columns = [*METHODS, "chance"]
+    """All methods and chance side by side, percent."""
+    columns = [*tests, "chance"]
+    first = next(iter(tests.values()))
     lines = [f"{'%, mean ± std of ten trials':<29}" + "".join(f"{name:>16}" for name in columns)]
-    for setting in tests[METHODS[0]]["settings"]:
+    for setting in first["settings"]:
         mode, shots = setting.split("/")
         for metric in METRICS:
             label = f"{mode}-search, {shots} shot{'' if shots == '1' else 's'}, {metric}"
-            found = [tests[method]["settings"][setting] for method in METHODS]
+            found = [test["settings"][setting] for test in tests.values()]
             cells = [f"{100 * s['mean'][metric]:.1f} ± {100 * s['std'][metric]:.1f}" for s in found]
             cells.append(f"{100 * found[0]['chance'][metric]:.1f}")
             lines.append(f"{label:<29}" + "".join(f"{cell:>16}" for cell in cells))

@@ -34,8 +34,10 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     }
     monkeypatch.setattr(script, "SYNTH", {**script.SYNTH, **tiny})
     flags = ["--data.height", 32, "--data.width", 16, "--data.identities", 3, "--data.images", 4]
-    flags += ["--data.validation", 2, "--schedule.epochs", 1, "--run.eval-every", 1]
-    monkeypatch.setattr(script, "TRAIN", [*script.TRAIN, *flags])  # the last flag counts
+    flags += ["--data.validation", 2, "--schedule.epochs", 1, "--schedule.milestones"]
+    flags += ["--run.eval-every", 1]
+    small = {method: [*more, *flags] for method, more in script.SPECIAL.items()}
+    monkeypatch.setattr(script, "SPECIAL", small)  # the last flag counts
     script.typed = []
 
     def command(*words: Any) -> None:
@@ -87,6 +89,31 @@ def test_the_demo_ends_with_a_table_results_and_a_report(
     assert demo.demo(tmp_path) == 0
     assert [words[0] for words in first] == ["data", "train", "eval", "train", "eval", "report"]
     assert again == first[1:]
+
+
+def test_another_method_adds_its_row_and_a_new_data_set_drops_them(
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.demo(tmp_path, ("baseline",)) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert list(first) == ["chance", "baseline"]
+    assert demo.demo(tmp_path, ("mpanet",)) == 0
+    both = json.loads((tmp_path / "results.json").read_text())
+    assert list(both) == ["chance", "baseline", "mpanet"]
+    assert both["baseline"] == first["baseline"]
+    assert "<h2>baseline</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    demo.SYNTH["seed"] += 1
+    assert demo.demo(tmp_path, ("mpanet",)) == 0
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["chance", "mpanet"]
+
+
+def test_an_unknown_method_is_refused(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.sys, "argv", ["demo.py", "resnet"])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert "got 'resnet'" in capsys.readouterr().err
 
 
 def test_a_failed_step_ends_the_demo(demo: ModuleType, tmp_path: Path) -> None:
