@@ -174,12 +174,15 @@ class TwoStreamResNet(Trunk):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, modality: Tensor | None = None, visible: int | None = None
+    ) -> Tensor:
         """Feature map of a batch, rows in the order given.
 
         Args:
             images: [B, 3, H, W], floating, normalised.
             modality: [B] int64, `VISIBLE` or `INFRARED`; needed with separate stems only.
+            visible: as for `stem`.
         Returns:
             [B, out_channels, H', W'], H' = H / 16 for `last_stride` 1, H / 32 for 2 (rounded up).
         Raises:
@@ -190,15 +193,24 @@ class TwoStreamResNet(Trunk):
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images: expected a floating tensor, got {images.dtype}")
-        features = self.stem(images, modality)
+        features = self.stem(images, modality, visible)
         for i in range(1, 5):
             features = self.after_layer(i, self.get_submodule(f"layer{i}")(features))
         return features
 
-    def stem(self, images: Tensor, modality: Tensor | None) -> Tensor:
-        """Run each row through the stem of its modality: [B, 64, H / 4, W / 4]."""
+    def stem(self, images: Tensor, modality: Tensor | None, visible: int | None = None) -> Tensor:
+        """Run each row through the stem of its modality: [B, 64, H / 4, W / 4].
+
+        Args:
+            images: [B, 3, H, W].
+            modality: [B] int64; needed with separate stems only.
+            visible: promise that the first so many rows are visible and the others infrared
+                (`Batch.paired`): `modality` is then not read, which would wait for the device.
+        """
         if self.stems == "shared":
             return _stem(images, self.conv1, self.bn1)
+        if visible is not None:
+            return self._stem_halves(images, visible)
         if modality is None or modality.shape != images.shape[:1]:
             got = "None" if modality is None else list(modality.shape)
             raise ValueError(
@@ -220,6 +232,15 @@ class TwoStreamResNet(Trunk):
             alone: Tensor = parts[0] if parts else self.get_submodule(_STEMS[VISIBLE])(images)
             return alone
         return torch.cat(parts)[torch.argsort(order)]
+
+    def _stem_halves(self, images: Tensor, visible: int) -> Tensor:
+        """Rows [visible | infrared], none of them moved."""
+        if not 0 <= visible <= images.shape[0]:
+            raise ValueError(f"visible: expected 0 to {images.shape[0]}, got {visible}")
+        halves = torch.split(images, [visible, images.shape[0] - visible])
+        stems = [self.get_submodule(name) for name in _STEMS.values()]
+        parts = [stem(half) for stem, half in zip(stems, halves, strict=True) if len(half)]
+        return torch.cat(parts) if parts else stems[0](images)
 
     def after_layer(self, index: int, features: Tensor) -> Tensor:
         """Change the map that leaves layer `index` (1..4); the plain trunk passes it on."""

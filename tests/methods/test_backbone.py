@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import urllib.error
 from pathlib import Path
@@ -142,6 +143,20 @@ def test_stem_statistics_do_not_mix() -> None:
         mean = stem.conv1(images[modality == value]).mean(dim=(0, 2, 3))
         torch.testing.assert_close(stem.bn1.running_mean, 0.1 * mean.detach(), rtol=1e-4, atol=1e-6)
         assert stem.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("visible", [0, 2, 5])
+def test_a_promised_number_of_visible_rows_spares_the_question(visible: int) -> None:
+    torch.manual_seed(0)
+    network = TwoStreamResNet(18, stems="separate").train()
+    twin = copy.deepcopy(network)
+    images = torch.randn(5, 3, 32, 32)
+    modality = (torch.arange(5) >= visible).long()
+    torch.testing.assert_close(network(images, None, visible), twin(images, modality))
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+    with pytest.raises(ValueError, match="visible: expected 0 to 5, got 6"):
+        network(images, modality, 6)
 
 
 def test_gradient_reaches_the_right_stem_only() -> None:
