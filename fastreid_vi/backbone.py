@@ -131,7 +131,8 @@ class TwoStreamResNet(Trunk):
         ValueError: another depth, stem or stride.
 
     Weights start as torchvision's do (Kaiming normal, fan out); `load_weights` reads ImageNet's. A
-    subclass that changes maps inside the trunk overrides `after_layer`.
+    subclass that changes maps inside the trunk overrides `after_layer`, or between the blocks of a
+    layer `run_layer`.
 
     Spec: mpanet 2, lba 2.
     """
@@ -195,7 +196,7 @@ class TwoStreamResNet(Trunk):
             raise TypeError(f"images: expected a floating tensor, got {images.dtype}")
         features = self.stem(images, modality, visible)
         for i in range(1, 5):
-            features = self.after_layer(i, self.get_submodule(f"layer{i}")(features))
+            features = self.after_layer(i, self.run_layer(i, features))
         return features
 
     def stem(self, images: Tensor, modality: Tensor | None, visible: int | None = None) -> Tensor:
@@ -241,6 +242,11 @@ class TwoStreamResNet(Trunk):
         stems = [self.get_submodule(name) for name in _STEMS.values()]
         parts = [stem(half) for stem, half in zip(stems, halves, strict=True) if len(half)]
         return torch.cat(parts) if parts else stems[0](images)
+
+    def run_layer(self, index: int, features: Tensor) -> Tensor:
+        """Run layer `index` (1..4), block by block in order."""
+        features = self.get_submodule(f"layer{index}")(features)
+        return features
 
     def after_layer(self, index: int, features: Tensor) -> Tensor:
         """Change the map that leaves layer `index` (1..4); the plain trunk passes it on."""
