@@ -17,14 +17,23 @@ if TYPE_CHECKING:
 # Name -> package, class of the network, of its options, of its recipes.
 METHODS: Final = {
     "baseline": ("fastreid_vi.methods.baseline", "Baseline", "BaselineOptions", "BaselineRecipe"),
+    "lba": ("fastreid_vi.methods.lba", "LbA", "LbAOptions", "LbARecipe"),
     "mpanet": ("fastreid_vi.methods.mpanet", "MPANet", "MPANetOptions", "MPANetRecipe"),
+    "mcja": ("fastreid_vi.methods.mcja", "MCJA", "MCJAOptions", "MCJARecipe"),
 }
 # Recipe -> module, function.
 RECIPES: Final = {
     "baseline-sysu": ("fastreid_vi.methods.baseline.recipe", "sysu"),
     "baseline-regdb": ("fastreid_vi.methods.baseline.recipe", "regdb"),
+    "lba-sysu": ("fastreid_vi.methods.lba.recipe", "sysu"),
+    "lba-regdb": ("fastreid_vi.methods.lba.recipe", "regdb"),
+    "lba-llcm": ("fastreid_vi.methods.lba.recipe", "llcm"),
     "mpanet-sysu": ("fastreid_vi.methods.mpanet.recipe", "sysu"),
     "mpanet-regdb": ("fastreid_vi.methods.mpanet.recipe", "regdb"),
+    "mcja-sysu": ("fastreid_vi.methods.mcja.recipe", "sysu"),
+    "mcja-regdb": ("fastreid_vi.methods.mcja.recipe", "regdb"),
+    "mcja-llcm": ("fastreid_vi.methods.mcja.recipe", "llcm"),
+    "mcja-arxiv": ("fastreid_vi.methods.mcja.recipe", "sysu_arxiv"),
 }
 
 __all__ = [
