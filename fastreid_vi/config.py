@@ -25,6 +25,7 @@ SamplerName = Literal[
     "norm_triplet",
     "uniform",
     "identity_uniform",
+    "cross_modality_identity",
     "random",
 ]
 Spectrum = Literal["hue", "gray", "cutmix", "jitter", "none"]

@@ -1,210 +1,32 @@
-"""Batch samplers: P identities, K images of each, both modalities in every identity.
-
-A plan, all batches of one epoch, is a pure function of (seed, epoch). NumPy only.
-"""
+"""Batch samplers of the four methods: P identities, K images of each; `make_sampler` picks one."""
 
 from __future__ import annotations
 
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastreid_vi.config import INFRARED, VISIBLE, SamplerName
+from fastreid_vi.config import INFRARED, VISIBLE
 from fastreid_vi.data.images import DataError, Int64
+from fastreid_vi.data.plan import IdentitySampler, PassSampler, Random
+from fastreid_vi.data.streams import Uniform, draw_images
 
-Random = np.random.RandomState | np.random.Generator
-
-
-class IdentitySampler(ABC):
-    """Yields the image positions of one batch after the other, from a cursor on.
-
-    The cursor counts the batches handed out in the current epoch. Iterating moves it; iterating
-    again after the end starts the epoch over. A training loop calls `set_epoch` before each epoch.
-
-    Args:
-        labels: [n] training label of every image.
-        modality: [n] VISIBLE or INFRARED.
-        identities: P, identities in a batch.
-        images: K, images of each identity in a batch, half of them of each modality.
-        seed: of the generator; 0 or more.
-        replay: draw as the released code does after `numpy.random.seed(seed)` before epoch 1,
-            to the same bits; epochs then continue one legacy stream.
-        pids: [n] identity numbers on disk, for messages; default `labels`.
-    Raises:
-        DataError: an identity lacks a modality (named), or P exceeds the number of identities.
-        ValueError: an argument of another shape or range.
-    """
-
-    name: ClassVar[SamplerName]
-
-    def __init__(
-        self,
-        labels: ArrayLike,
-        modality: ArrayLike,
-        *,
-        identities: int,
-        images: int,
-        seed: int,
-        replay: bool = False,
-        pids: ArrayLike | None = None,
-    ) -> None:
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.modality = np.asarray(modality, dtype=np.int64)
-        self.identities, self.images = int(identities), int(images)
-        self.seed, self.replay = int(seed), bool(replay)
-        self._check(self.labels if pids is None else np.asarray(pids))
-        self._members = {
-            m: {
-                int(c): np.flatnonzero((self.labels == c) & (self.modality == m))
-                for c in self._classes
-            }
-            for m in (VISIBLE, INFRARED)
-        }
-        self._epoch, self._cursor, self._exhausted = 1, 0, False
-        self._plan: tuple[int, Int64] | None = None
-        self._stream: tuple[int, np.random.RandomState] | None = None
-
-    @property
-    def epoch(self) -> int:
-        """Current epoch, from 1."""
-        return self._epoch
-
-    @property
-    def cursor(self) -> int:
-        """Batches of the current epoch already handed out."""
-        return self._cursor
-
-    def __len__(self) -> int:
-        """Number of batches of the current epoch, exactly."""
-        return len(self.plan())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Batches from the cursor on."""
-        self._restart_if_exhausted()
-        epoch, plan = self._epoch, self.plan()
-        for number in range(self._cursor, len(plan)):
-            self.advance(epoch, number + 1)
-            yield plan[number].tolist()
-        self.finish(epoch)
-
-    def plan(self) -> Int64:
-        """All batches of the current epoch: int64 [batches, P * K], read-only."""
-        if self._plan is None or self._plan[0] != self._epoch:
-            rows = self._draw(self._random())
-            rows.setflags(write=False)
-            self._plan = self._epoch, rows
-        return self._plan[1]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`; an epoch that is under way keeps its cursor."""
-        if epoch < 1:
-            raise ValueError(f"epoch: expected 1 or more, got {epoch}")
-        if epoch != self._epoch:
-            self._epoch, self._cursor, self._exhausted = int(epoch), 0, False
-        self._restart_if_exhausted()
-
-    def advance(self, epoch: int, cursor: int) -> None:
-        """Record that `cursor` batches of `epoch` are out, unless the epoch has changed since."""
-        if epoch == self._epoch:
-            self._cursor = cursor
-
-    def finish(self, epoch: int) -> None:
-        """Record that `epoch` is over; its next iteration starts from the beginning."""
-        if epoch == self._epoch:
-            self._exhausted = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands, JSON-ready, with what it must be loaded into."""
-        return {**self._identity(), "epoch": self._epoch, "batch": self._cursor}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved cursor.
-
-        Raises:
-            ValueError: the state of another sampler, seed or data set.
-        """
-        for name, own in self._identity().items():
-            if state.get(name) != own:
-                raise ValueError(
-                    f"sampler state: {name}: expected {own!r}, got {state.get(name)!r}"
-                )
-        epoch, batch = int(state["epoch"]), int(state["batch"])
-        if epoch < 1 or batch < 0:
-            raise ValueError(f"sampler state: no such cursor: epoch {epoch}, batch {batch}")
-        self._epoch, self._cursor, self._exhausted = epoch, batch, False
-        if batch > len(self.plan()):
-            raise ValueError(
-                f"sampler state: batch {batch} is beyond the {len(self.plan())} of epoch {epoch}"
-            )
-
-    @abstractmethod
-    def _draw(self, random: Random) -> Int64:
-        """One epoch: int64 [batches, P * K]."""
-
-    def _restart_if_exhausted(self) -> None:
-        if self._exhausted:
-            self._cursor, self._exhausted = 0, False
-
-    def _identity(self) -> dict[str, Any]:
-        data = zlib.crc32(self.modality.tobytes(), zlib.crc32(self.labels.tobytes()))
-        return {
-            "sampler": self.name,
-            "identities": self.identities,
-            "images": self.images,
-            "seed": self.seed,
-            "replay": self.replay,
-            "data": data,
-        }
-
-    def _random(self) -> Random:
-        if not self.replay:
-            key = np.array([self.seed, self._epoch], dtype=np.uint64)
-            return np.random.Generator(np.random.Philox(key=key))
-        # One legacy stream runs through all epochs: catch up with it, from the start if need be.
-        if self._stream is None or self._stream[0] > self._epoch:
-            self._stream = 1, np.random.RandomState(self.seed)
-        epoch, random = self._stream
-        for _ in range(epoch, self._epoch):
-            self._draw(random)
-        self._stream = self._epoch + 1, random
-        return random
-
-    def _check(self, pids: Int64) -> None:
-        n = len(self.labels)
-        for name, array in (("labels", self.labels), ("modality", self.modality), ("pids", pids)):
-            if array.shape != (n,):
-                raise ValueError(f"{name}: expected shape [{n}], got {list(array.shape)}")
-        if not np.isin(self.modality, (VISIBLE, INFRARED)).all():
-            raise ValueError(f"modality: expected {VISIBLE} or {INFRARED} for every image")
-        if self.identities < 1 or self.images < 2 or self.images % 2:
-            raise ValueError(
-                "identities, images: expected P >= 1 and an even K >= 2, "
-                f"got {self.identities} and {self.images}"
-            )
-        if not 0 <= self.seed < (2**32 if self.replay else 2**63):
-            raise ValueError(f"seed: expected a number from 0, got {self.seed}")
-        if n and self.labels.min() < 0:
-            raise ValueError("labels: expected training labels, got a negative one")
-        self._classes = np.unique(self.labels)
-        for modality, name in ((VISIBLE, "visible"), (INFRARED, "infrared")):
-            lacking = ~np.isin(self.labels, self.labels[self.modality == modality])
-            if lacking.any():
-                raise DataError(
-                    f"identity {int(pids[lacking].min()):04d} has no {name} image: "
-                    f"{self.name} needs both modalities of every training identity"
-                )
-        if self.identities > len(self._classes):
-            raise DataError(
-                f"a batch of {self.identities} identities cannot be drawn from "
-                f"{len(self._classes)} training identities"
-            )
+__all__ = [
+    "SAMPLERS",
+    "CrossModalityIdentity",
+    "IdentityRandom",
+    "IdentitySampler",
+    "IdentityUniform",
+    "ModalityRandom",
+    "NormTriplet",
+    "PairedIdentity",
+    "Uniform",
+    "make_sampler",
+]
 
 
-class PairedIdentity(IdentitySampler):
+class PairedIdentity(PassSampler):
     """AGW, CAJ and LbA: all visible, then all infrared images, in the same order of labels.
 
     Images are drawn with replacement, so that an epoch sees as many as the larger modality has.
@@ -213,6 +35,12 @@ class PairedIdentity(IdentitySampler):
     """
 
     name = "paired_identity"
+    halves = True
+
+    @property
+    def paired(self) -> int:
+        """Half of `images`."""
+        return self.images // 2
 
     def _draw(self, random: Random) -> Int64:
         half = self.images // 2
@@ -227,7 +55,7 @@ class PairedIdentity(IdentitySampler):
         return rows.reshape(batches, -1)
 
 
-class IdentityRandom(IdentitySampler):
+class IdentityRandom(PassSampler):
     """MPANet: identity by identity, infrared and visible images alternating.
 
     The larger modality of an identity is thinned to the size of the smaller and both are cut into
@@ -242,23 +70,9 @@ class IdentityRandom(IdentitySampler):
     name = "identity_random"
 
     def _draw(self, random: Random) -> Int64:
-        chunks = [self._chunks(random, label) for label in self._order()]
-        left = list(range(len(chunks)))
-        used = [0] * len(chunks)
-        rows: list[Int64] = []
-        while len(left) >= self.identities:
-            for i in random.choice(left, self.identities, replace=False).tolist():
-                rows.append(chunks[i][used[i]])
-                used[i] += 1
-                if used[i] == len(chunks[i]):
-                    left.remove(i)
-        return np.concatenate(rows).reshape(-1, self.identities * self.images)
-
-    def _order(self) -> list[int]:
-        """Labels in the order of their first infrared image."""
         infrared = self.labels[self.modality == INFRARED]
-        labels, first = np.unique(infrared, return_index=True)
-        return [int(c) for c in labels[np.argsort(first)]]
+        chunks = [self._chunks(random, label) for label in _by_appearance(infrared)]
+        return _hand_out(random, chunks, self.identities)
 
     def _chunks(self, random: Random, label: int) -> Int64:
         """int64 [chunks, K] of one identity, at least one."""
@@ -281,9 +95,184 @@ class IdentityRandom(IdentitySampler):
         return alternating[:whole].reshape(-1, self.images)
 
 
+class NormTriplet(PassSampler):
+    """MCJA: identity by identity, whatever the modality; an identity may come with one only.
+
+    All images of an identity are cut into chunks of K (drawn with replacement if fewer than K); an
+    epoch ends when fewer than P identities have a chunk left.
+
+    Spec: datasets 5.4, mcja 4. Golden: eval/samplers `*_norm_triplet`, mcja/sampler_metrics.
+    """
+
+    name = "norm_triplet"
+    both_modalities = False
+
+    def _draw(self, random: Random) -> Int64:
+        chunks = [self._chunks(random, label) for label in _by_appearance(self.labels)]
+        return _hand_out(random, chunks, self.identities)
+
+    def _chunks(self, random: Random, label: int) -> Int64:
+        """int64 [chunks, K] of one identity, at least one."""
+        members = np.sort(np.concatenate([self._members[m][label] for m in (VISIBLE, INFRARED)]))
+        if len(members) < self.images:
+            members = random.choice(members, self.images, replace=True)
+        random.shuffle(members)
+        whole = len(members) // self.images * self.images
+        return members[:whole].reshape(-1, self.images)
+
+
+class _Grouped(PassSampler):
+    """Passes over all labels: [visible | infrared] of P identities at a time, K/2 images each."""
+
+    halves = True
+
+    def _groups(self, random: Random) -> list[Int64]:
+        """One pass: P * K rows of every group, fewer of an incomplete last one."""
+        order = random.permutation(self._classes).tolist()
+        groups = [order[i : i + self.identities] for i in range(0, len(order), self.identities)]
+        half = self.images // 2
+        return [
+            np.concatenate(
+                [draw_images(random, self._members[m], g, half) for m in (VISIBLE, INFRARED)]
+            ).reshape(-1)
+            for g in groups
+        ]
+
+    def _whole(self, random: Random) -> Int64:
+        """One pass without its incomplete group: int64 [batches, P * K]."""
+        rows = self.identities * self.images
+        return np.stack([group for group in self._groups(random) if len(group) == rows])
+
+
+class IdentityUniform(_Grouped):
+    """MPANet's alternative: every identity once in a pass, K/2 images of each modality.
+
+    All visible, then all infrared images, in the same order of labels; the incomplete last group
+    of identities is left out. K/2 images without replacement where there are as many.
+
+    Spec: datasets 5.5. Golden: eval/samplers `mpanet_identity_uniform`.
+    """
+
+    name = "identity_uniform"
+
+    @property
+    def paired(self) -> int:
+        """Half of `images`."""
+        return self.images // 2
+
+    def _draw(self, random: Random) -> Int64:
+        return self._whole(random)
+
+
+class CrossModalityIdentity(_Grouped):
+    """MCJA's form of `identity_uniform`: an epoch has as many passes as the images suffice for.
+
+    With `replay` the incomplete group of a pass is kept, as the released code does: all later
+    batches straddle two groups, so that their halves are mixed.
+
+    Spec: datasets 5.5, mcja Q16. Golden: eval/samplers `mcja_cross_modality_identity`.
+    """
+
+    name = "cross_modality_identity"
+
+    @property
+    def paired(self) -> int:
+        """Half of `images`; 0 for batches that straddle groups."""
+        straddling = self.replay and len(self._classes) % self.identities
+        return 0 if straddling else self.images // 2
+
+    def _draw(self, random: Random) -> Int64:
+        passes = max(len(self.labels) // (len(self._classes) * self.images), 1)
+        if not self.replay:
+            return np.concatenate([self._whole(random) for _ in range(passes)])
+        stream = np.concatenate([group for _ in range(passes) for group in self._groups(random)])
+        rows = self.identities * self.images
+        return stream[: len(stream) // rows * rows].reshape(-1, rows)
+
+
+class ModalityRandom(PassSampler):
+    """MPANet's and MCJA's `random`: P * K / 2 visible, then as many infrared images, any identity.
+
+    The shorter modality is repeated, in further permutations, to the length of the longer one.
+
+    Spec: datasets 5.6. Golden: eval/samplers `mpanet_random`, `mcja_cross_modality_random`.
+    """
+
+    name = "random"
+    halves = True
+
+    def _draw(self, random: Random) -> Int64:
+        own = [np.flatnonzero(self.modality == m) for m in (VISIBLE, INFRARED)]
+        shuffled = [random.permutation(members) for members in own]
+        length, half = max(map(len, own)), self.identities * self.images // 2
+        whole = length // half * half
+        rows = [
+            _extended(random, members, start, length)[:whole].reshape(-1, half)
+            for members, start in zip(own, shuffled, strict=True)
+        ]
+        return np.concatenate(rows, axis=1)
+
+    def _check_size(self) -> None:
+        half, counts = self.identities * self.images // 2, np.bincount(self.modality, minlength=2)
+        if counts.max() < half:
+            raise DataError(
+                f"a batch of {half} + {half} images cannot be drawn from {counts[VISIBLE]} visible "
+                f"and {counts[INFRARED]} infrared images"
+            )
+
+
+def _by_appearance(labels: Int64) -> list[int]:
+    """Distinct labels in the order of their first image."""
+    distinct, first = np.unique(labels, return_index=True)
+    return [int(c) for c in distinct[np.argsort(first)]]
+
+
+def _hand_out(random: Random, chunks: Sequence[Int64], identities: int) -> Int64:
+    """Batches of the next chunk of P drawn identities, while as many have one left.
+
+    Args:
+        random: draws the identities.
+        chunks: of every identity, int64 [at least one, K].
+        identities: P, at most `len(chunks)`.
+    """
+    left = list(range(len(chunks)))
+    used = [0] * len(chunks)
+    rows: list[Int64] = []
+    while len(left) >= identities:
+        for i in random.choice(left, identities, replace=False).tolist():
+            rows.append(chunks[i][used[i]])
+            used[i] += 1
+            if used[i] == len(chunks[i]):
+                left.remove(i)
+    return np.concatenate(rows).reshape(-1, identities * chunks[0].shape[1])
+
+
+def _extended(random: Random, members: Int64, start: Int64, length: int) -> Int64:
+    """`start`, then permutations of `members`, then a last part of one, `length` together."""
+    missing = length - len(start)
+    more = [random.permutation(members) for _ in range(missing // len(members))]
+    if missing:
+        more.append(random.choice(members, missing % len(members), replace=False))
+    return np.concatenate([start, *more])
+
+
 SAMPLERS: dict[str, type[IdentitySampler]] = {
-    "paired_identity": PairedIdentity,
-    "identity_random": IdentityRandom,
+    sampler.name: sampler
+    for sampler in (
+        PairedIdentity,
+        IdentityRandom,
+        NormTriplet,
+        Uniform,
+        IdentityUniform,
+        CrossModalityIdentity,
+        ModalityRandom,
+    )
+}
+
+# MCJA's names of what MPANet has too.
+ALIASES: dict[str, str] = {
+    "identity_cross_modality": "identity_random",
+    "cross_modality_random": "random",
 }
 
 
@@ -297,10 +286,21 @@ def make_sampler(
     seed: int,
     replay: bool = False,
     pids: ArrayLike | None = None,
+    pixel_identities: int = 0,
+    batches: int = 0,
 ) -> IdentitySampler:
     """The sampler called `name` in the data set specification; arguments as `IdentitySampler`."""
+    name = ALIASES.get(name, name)
     if name not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {sorted(SAMPLERS)}, got {name!r}")
     return SAMPLERS[name](
-        labels, modality, identities=identities, images=images, seed=seed, replay=replay, pids=pids
+        labels,
+        modality,
+        identities=identities,
+        images=images,
+        seed=seed,
+        replay=replay,
+        pids=pids,
+        pixel_identities=pixel_identities,
+        batches=batches,
     )
