@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastreid_vi.data.datasets import SysuMM01
 from fastreid_vi.data.images import DataError, ImageList, images_in
+from fastreid_vi.data.index import Index
+from fastreid_vi.data.llcm import LLCM
 from fastreid_vi.data.permutations import Permutations
+from fastreid_vi.data.regdb import RegDB
 from fastreid_vi.data.sampler import IdentityRandom, PairedIdentity, make_sampler
 
 if TYPE_CHECKING:
@@ -24,11 +27,14 @@ _LAZY = {
 }
 
 __all__ = [
+    "LLCM",
     "DataError",
     "IdentityRandom",
     "ImageList",
+    "Index",
     "PairedIdentity",
     "Permutations",
+    "RegDB",
     "SysuMM01",
     "SysuReport",
     "check_sysu",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from fastreid_vi.config import INFRARED, VISIBLE
-from fastreid_vi.data.images import DataError, ImageList, image_list, images_in, relabel
+from fastreid_vi.data.images import DataError, ImageList, image_list, images_in
+from fastreid_vi.data.index import Index, entries
 from fastreid_vi.data.permutations import CAMERAS, Permutations
 
 __all__ = ["DataError", "ImageList", "Permutations", "SysuMM01", "images_in"]
@@ -28,10 +26,9 @@ Record = tuple[int, int, int, str]
 
 _FOLDER = re.compile(r"[0-9]+")
 _IMAGE = re.compile(r"([0-9]+)\.jpe?g", re.IGNORECASE)
-_log = logging.getLogger("fastreid_vi.data")
 
 
-class SysuMM01:
+class SysuMM01(Index):
     """SYSU-MM01, or any data set with its layout.
 
     Args:
@@ -51,6 +48,8 @@ class SysuMM01:
             with the files of a test person; the message names the first offender.
     Spec: datasets 1. Golden: eval/sysu_protocol.
     """
+
+    name = "sysu"
 
     def __init__(
         self,
@@ -79,59 +78,8 @@ class SysuMM01:
         if skip_broken:
             self._leave_out_broken()
 
-    def hold_out(self, n: int, seed: int) -> tuple[ImageList, ImageList]:
-        """Split `n` training identities off for validation.
-
-        Only identities with images of both modalities are drawn; the draw depends on `seed` only.
-
-        Returns:
-            (training images relabelled 0..C-n-1, validation images with label -1).
-        Raises:
-            DataError: fewer than `n` identities can be drawn, or none would be left to train on.
-        """
-        if n < 0:
-            raise ValueError(f"n: expected >= 0, got {n}")
-        pids = np.unique(self.train.pids)
-        both = np.intersect1d(
-            self.train.pids[self.train.modality == VISIBLE],
-            self.train.pids[self.train.modality == INFRARED],
-        )
-        if n > len(both) or n >= len(pids):
-            raise DataError(
-                f"cannot hold out {n} identities: {len(pids)} training identities, "
-                f"{len(both)} of them in both modalities, and at least one must stay"
-            )
-        # Key word 0 is the seed, word 1 the epoch elsewhere: epoch 0 is never trained.
-        random = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
-        held = np.isin(self.train.pids, random.choice(both, n, replace=False))
-        train, validation = self.train.select(~held), self.train.select(held)
-        return train.with_labels(relabel(train.labels)), validation.with_labels(
-            np.full(len(validation), -1)
-        )
-
-    def _leave_out_broken(self) -> None:
-        from fastreid_vi.data.check import broken_images
-
-        broken: dict[str, str] = {}
-        for name in ("train", "query", "gallery"):
-            images: ImageList = getattr(self, name)
-            found = broken_images(images)
-            broken |= {images.paths[i]: problem for i, problem in found.items()}
-            if name == "gallery" and found:
-                self.permutations = self.permutations.without(images.select(list(found)))
-            setattr(self, name, images.select(np.setdiff1d(np.arange(len(images)), list(found))))
-        if broken:
-            first = min(broken)
-            _log.warning(
-                "%s: left out %d unreadable images, first %s (%s)",
-                self.root, len(broken), first, broken[first],
-            )  # fmt: skip
-            missing = set(range(self.num_ids)) - set(self.train.labels.tolist())
-            if missing or not len(self.query) or not len(self.gallery):
-                raise DataError(
-                    f"{self.root}: unreadable images leave a training identity, "
-                    f"the queries or the gallery empty, first {first}"
-                )
+    def _strike(self, gallery: ImageList) -> None:
+        self.permutations = self.permutations.without(gallery)
 
 
 def require_cameras(root: Path) -> None:
@@ -194,7 +142,7 @@ def scan(root: Path, pids: Iterable[int], cams: Iterable[int] = CAMERAS) -> list
     records: list[Record] = []
     for cam in cams:
         folders: dict[int, str] = {}
-        for entry in _listing(root / f"cam{cam}"):
+        for entry in entries(root / f"cam{cam}"):
             if not _FOLDER.fullmatch(entry.name) or not entry.is_dir():
                 continue
             pid = int(entry.name)
@@ -210,7 +158,7 @@ def scan(root: Path, pids: Iterable[int], cams: Iterable[int] = CAMERAS) -> list
 
 def _images_of(folder: Path, cam: int, pid: int) -> list[Record]:
     numbers: dict[int, str] = {}
-    for entry in _listing(folder):
+    for entry in entries(folder):
         match = _IMAGE.fullmatch(entry.name)
         if match is None or not entry.is_file():
             continue
@@ -219,14 +167,6 @@ def _images_of(folder: Path, cam: int, pid: int) -> list[Record]:
             raise DataError(f"{entry.path}: image {number} exists a second time, {numbers[number]}")
         numbers[number] = entry.name
     return [(cam, pid, n, f"cam{cam}/{folder.name}/{name}") for n, name in numbers.items()]
-
-
-def _listing(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
 
 
 def image_list_of(
