@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_eval(_verb(verbs, "eval", "print a run's table under the official protocol"))
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
+    _add_convert(_verb(verbs, "convert", "turn official checkpoints into ours and back"))
     _verb(verbs, "doctor", "say what is built, what runs where, and why not")
     return parser
 
@@ -138,6 +139,25 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     add("--title", default="fastreid-vi report", help="heading of the page")
     add("--queries", type=_count, default=3, metavar="N", help="rank lists of each kind (3)")
     add("--seed", type=int, default=0, help="breaks ties among queries (0)")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, metavar="IN", help="official file or folder; ours: weights or a run")
+    add("out", type=Path, metavar="OUT", help="what to write; a folder for AlignGAN's eight files")
+    add("--method", metavar="M", help="whose checkpoint it is (found out from its keys)")
+    add("--to", choices=["ours", "official"], help="the form to write (the other one)")
+    add("--num-ids", type=_count, metavar="N", help="training identities it must have")
+    add("--base", type=Path, metavar="FILE", help="official file for keys that we do not have")
+    add("--step", type=_number, metavar="N", help="AlignGAN: step of its files (the newest)")
+    add("--recipe", metavar="R", help="run.json or recipe name the shapes must fit (the method's)")
+    add("--overwrite", action="store_true", help="replace OUT")
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

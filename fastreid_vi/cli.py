@@ -201,6 +201,23 @@ def report(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
+def convert(args: argparse.Namespace, console: Console) -> int:
+    """Turn official checkpoints into ours and back."""
+    from fastreid_vi import _convert
+
+    options = ("method", "to", "num_ids", "base", "step", "recipe", "overwrite")
+    try:
+        report = _convert.convert(
+            args.source, args.out, **{name: getattr(args, name) for name in options}
+        )
+    except _convert.KeysError as error:
+        console.say(error.listing())
+        raise
+    console.say(_convert.text(report))
+    console.result(report.to_dict())
+    return OK
+
+
 def doctor(args: argparse.Namespace, console: Console) -> int:
     """Say what is built, what runs where, and why not."""
     from fastreid_vi import _doctor
@@ -265,6 +282,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "convert": convert,
     "doctor": doctor,
 }
 """What runs for each verb of `_parsers`."""

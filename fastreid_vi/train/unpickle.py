@@ -81,6 +81,7 @@ def _contents(path: Path) -> tuple[int, set[str]]:
                 continue
             if opcode == "PROTO":
                 protocol = max(protocol, arg)
+                memo.clear()
             elif opcode == "GLOBAL":
                 names.add(arg.replace(" ", "."))
             elif opcode == "STACK_GLOBAL":
