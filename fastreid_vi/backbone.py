@@ -7,7 +7,7 @@ modalities; the stem (conv1, bn1, max-pool) is shared or there is one per modali
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -302,6 +302,14 @@ class TwoStreamResNet(Trunk):
         """
         if weights != "none":
             self.load_torchvision(read_weights(weights, self.depth))
+
+
+def depth_of(names: Iterable[str]) -> Depth:
+    """Depth of the ResNet with these entries, named as torchvision's; 50 where they do not tell."""
+    known = set(names)
+    if "layer1.0.conv1.weight" not in known or "layer1.0.conv3.weight" in known:
+        return 50
+    return 34 if "layer1.2.conv1.weight" in known else 18
 
 
 def _some(names: list[str]) -> str:

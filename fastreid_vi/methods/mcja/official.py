@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastreid_vi.backbone import BLOCKS, Depth
+from fastreid_vi.backbone import depth_of
 from fastreid_vi.methods.base import OfficialKeyError
 from fastreid_vi.methods.mcja.model import MCJA
 from fastreid_vi.methods.mcja.recipe import MCJAOptions
@@ -89,14 +89,12 @@ def _official(name: str) -> str:
 
 def _network(state: Mapping[str, Tensor]) -> MCJA:
     """The network that a state dict seems to belong to, without storage."""
-    blocks = tuple(_count(state, rf"backbone\.layer{i}\.(\d+)\.") for i in range(1, 5))
-    depths: dict[bool, Depth] = {True: 50, False: 18 if blocks == BLOCKS[18] else 34}
-    layers = tuple(_count(state, rf"MDA_{i}\.(\d+)\.") for i in range(1, 5))
+    adapters = [_count(state, f"MDA_{layer}.") for layer in range(1, 5)]
     maps = next((len(t) for n, t in state.items() if n.endswith("sc_conv.bias")), 1)
     num_ids = len(state["classifier.weight"]) if "classifier.weight" in state else 1
     options = MCJAOptions(
-        depth=depths["backbone.layer1.0.conv3.weight" in state or not any(blocks)],
-        mda_layers=(layers[0], layers[1], layers[2], layers[3]),
+        depth=depth_of(name.removeprefix("backbone.") for name in state),
+        mda_layers=(adapters[0], adapters[1], adapters[2], adapters[3]),
         mda_m=maps,
         weights="none",
     )
@@ -104,7 +102,8 @@ def _network(state: Mapping[str, Tensor]) -> MCJA:
         return MCJA(num_ids, options)
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many blocks or adapters there are, by the largest index."""
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many modules a list has."""
+    return len(
+        {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    )
