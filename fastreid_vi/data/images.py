@@ -15,6 +15,7 @@ from fastreid_vi.config import INFRARED, VISIBLE
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 
 Int64 = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
 
 
 class DataError(ValueError):

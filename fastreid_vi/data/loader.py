@@ -13,23 +13,22 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastreid_vi.config import Batch, DataConfig
-from fastreid_vi.data.images import DataError, ImageList, Int64
-from fastreid_vi.data.sampler import IdentitySampler
+from fastreid_vi.config import VISIBLE, Batch, DataConfig
+from fastreid_vi.data.images import Bytes, DataError, ImageList, Int64
+from fastreid_vi.data.plan import IdentitySampler
+from fastreid_vi.data.spectrum import View, check_view, draw_spectra, view
 from fastreid_vi.data.transform import (
-    Bytes,
     draw_augmentation,
     erase,
-    flip_pad_crop,
-    mix_channels,
     normalize,
+    place_one,
     read_image,
 )
 
@@ -38,8 +37,17 @@ _log = logging.getLogger("fastreid_vi.data")
 # Batches a worker prepares ahead.
 _AHEAD = 2
 
-# Epoch, batch number, image positions.
-_Task = tuple[int, int, Int64]
+
+class _Task(NamedTuple):
+    """A batch, or the share of it that one process reads."""
+
+    epoch: int
+    number: int
+    positions: Int64  # [B] of the images
+    slots: Int64  # [B] rows of the global batch
+    rows: int  # of the global batch
+
+
 # Positions, uint8 [B, 3, H, W], boxes to erase [B, 4] or None; a message instead if unreadable.
 _Raw = tuple[Int64, Tensor, Int64 | None]
 
@@ -52,7 +60,9 @@ def train_loader(
     Args:
         images: the list the sampler was built on; `labels` are trained on.
         sampler: its cursor moves just before a batch is handed out, so that its state saved after
-            a training step continues with the next batch.
+            a training step continues with the next batch. After `sampler.shard(rank, world)` the
+            loader reads the share of one process; augmentation goes by the row in the whole batch,
+            so that the shares together are the batch of a single process, bit for bit.
         config: size, resize filter, augmentation, workers, cache.
         seed: of the augmentation.
     Raises:
@@ -61,36 +71,44 @@ def train_loader(
     return TrainLoader(images, sampler, config, seed=seed)
 
 
-def eval_loader(images: ImageList, config: DataConfig, *, batch_size: int) -> EvalLoader:
+def eval_loader(
+    images: ImageList, config: DataConfig, *, batch_size: int, spectrum: View = "original"
+) -> EvalLoader:
     """All images in order, resized and normalised only; the last batch may be smaller.
 
+    Args:
+        images: the list.
+        config: size, resize filter, normalisation, workers, cache.
+        batch_size: images in a batch.
+        spectrum: what is shown of visible images: "r", "g" or "b", one channel in all three planes,
+            or "avg", their mean. MCJA's re-ranking embeds "original", "r", "g" and "b".
     Raises:
         DataError: while iterating, an image that cannot be read, named.
+        ValueError: an argument out of range.
     """
-    return EvalLoader(images, config, batch_size=batch_size)
+    return EvalLoader(images, config, batch_size=batch_size, spectrum=spectrum)
 
 
 class _Loader:
-    def __init__(
-        self, images: ImageList, config: DataConfig, augmentation_seed: int | None
-    ) -> None:
+    def __init__(self, images: ImageList, config: DataConfig, reader: _Reader) -> None:
         self.images, self.config = images, config
-        self._reader = _Reader(images, config, augmentation_seed)
+        self._reader = reader
         self._columns = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(images, name)))
             for name in ("labels", "modality", "cams")
         }
 
-    def _batches(self, tasks: list[_Task]) -> Iterator[Batch]:
+    def _batches(self, tasks: list[_Task], paired: int) -> Iterator[Batch]:
         if self.config.cache:
             self._reader.fill_cache()
         for raw in _run(self._reader, tasks, self.config.workers):
-            if isinstance(raw, str):
-                raise DataError(raw)
-            yield self._finish(*raw)
+            yield self._finish(raw, paired)
 
-    def _finish(self, positions: Int64, pixels: Tensor, boxes: Int64 | None) -> Batch:
-        floats = normalize(pixels.numpy())
+    def _finish(self, raw: _Raw | str, paired: int) -> Batch:
+        if isinstance(raw, str):
+            raise DataError(raw)
+        positions, pixels, boxes = raw
+        floats = normalize(pixels.numpy(), self.config.normalize)
         if boxes is not None:
             erase(floats, boxes)
         chosen = torch.tensor(positions)
@@ -99,6 +117,7 @@ class _Loader:
             labels=self._columns["labels"][chosen],
             modality=self._columns["modality"][chosen],
             cams=self._columns["cams"][chosen],
+            paired=paired,
         )
 
 
@@ -112,7 +131,7 @@ class TrainLoader(_Loader):
             sampler.modality, images.modality
         ):
             raise ValueError("sampler: built on other labels or modalities than those of images")
-        super().__init__(images, config, seed)
+        super().__init__(images, config, _Reader(images, config, seed=seed))
         self.sampler = sampler
 
     def __len__(self) -> int:
@@ -121,21 +140,49 @@ class TrainLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.sampler.set_epoch(self.sampler.epoch)
-        epoch, start, plan = self.sampler.epoch, self.sampler.cursor, self.sampler.plan()
-        tasks = [(epoch, number, plan[number]) for number in range(start, len(plan))]
-        for (_, number, _), batch in zip(tasks, self._batches(tasks), strict=True):
-            self.sampler.advance(epoch, number + 1)
+        epoch, start, length = self.sampler.epoch, self.sampler.cursor, len(self.sampler)
+        tasks = [self._task(epoch, number) for number in range(start, length)]
+        batches = self._batches(tasks, self.sampler.paired)
+        for task, batch in zip(tasks, batches, strict=True):
+            self.sampler.advance(epoch, task.number + 1)
             yield batch
         self.sampler.finish(epoch)
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """One batch, read again in this process, to the same bits; no cursor moves.
+
+        Args:
+            epoch: from 1.
+            number: from 0 in its epoch; the batch in hand is number `sampler.cursor - 1`.
+        Raises:
+            DataError: an image that cannot be read, named.
+            ValueError: no such batch.
+        """
+        length = len(self.sampler.plan(epoch))
+        if not 0 <= number < length:
+            raise ValueError(f"number: expected 0 to {length - 1} in epoch {epoch}, got {number}")
+        return self._finish(self._reader[self._task(epoch, number)], self.sampler.paired)
+
+    def _task(self, epoch: int, number: int) -> _Task:
+        whole, slots = self.sampler.plan(epoch)[number], self.sampler.slots
+        return _Task(epoch, number, whole[slots], slots, len(whole))
 
 
 class EvalLoader(_Loader):
     """See `eval_loader`."""
 
-    def __init__(self, images: ImageList, config: DataConfig, *, batch_size: int) -> None:
+    def __init__(
+        self,
+        images: ImageList,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        spectrum: View = "original",
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-        super().__init__(images, config, None)
+        check_view(spectrum)
+        super().__init__(images, config, _Reader(images, config, spectrum=spectrum))
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -144,17 +191,23 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.arange(len(self.images), dtype=np.int64)
-        size = self.batch_size
-        yield from self._batches(
-            [(0, i, order[i * size : (i + 1) * size]) for i in range(len(self))]
-        )
+        parts = [order[i * self.batch_size :][: self.batch_size] for i in range(len(self))]
+        tasks = [_Task(0, i, part, part, len(order)) for i, part in enumerate(parts)]
+        yield from self._batches(tasks, 0)
 
 
 class _Reader(Dataset["_Raw | str"]):
-    """Does a task: reads its images and, for training, flips and crops them."""
+    """Does a task: reads its images, then augments them, if it has a seed, or shows `spectrum`."""
 
-    def __init__(self, images: ImageList, config: DataConfig, seed: int | None) -> None:
-        self.images, self.config, self.seed = images, config, seed
+    def __init__(
+        self,
+        images: ImageList,
+        config: DataConfig,
+        *,
+        seed: int | None = None,
+        spectrum: View = "original",
+    ) -> None:
+        self.images, self.config, self.seed, self.spectrum = images, config, seed, spectrum
         self._cache: Bytes | None = None
 
     def fill_cache(self) -> None:
@@ -179,29 +232,28 @@ class _Reader(Dataset["_Raw | str"]):
     def __getitem__(self, task: _Task) -> _Raw | str:
         # An exception would come back from a worker wrapped in its traceback: send one line.
         try:
-            return self._do(*task)
+            return self._do(task)
         except DataError as error:
             return str(error)
 
-    def _do(self, epoch: int, number: int, positions: Int64) -> _Raw:
-        config = self.config
+    def _do(self, task: _Task) -> _Raw:
+        config, positions = self.config, task.positions
         pixels = torch.empty((len(positions), 3, config.height, config.width), dtype=torch.uint8)
         out = pixels.numpy()
+        visible = self.images.modality[positions] == VISIBLE
         if self.seed is None:
             for slot, position in enumerate(positions):
-                out[slot] = self._image(int(position))
+                spectrum = self.spectrum if visible[slot] else "original"
+                out[slot] = view(self._image(int(position)), spectrum, config.gray_rounding)
             return positions, pixels, None
-        draws = draw_augmentation(len(positions), config, seed=self.seed, epoch=epoch, batch=number)
+        at = {"seed": self.seed, "epoch": task.epoch, "batch": task.number}
+        draws = draw_augmentation(task.rows, config, **at).rows(task.slots)
+        spectra = draw_spectra(task.rows, config, **at)
+        if spectra is not None:
+            spectra = spectra.rows(task.slots)
         for slot, position in enumerate(positions):
-            flip_pad_crop(
-                mix_channels(self._image(int(position)), draws.mix[slot]),
-                out[slot],
-                flip=bool(draws.flip[slot]),
-                top=int(draws.top[slot]),
-                left=int(draws.left[slot]),
-                pad=config.pad,
-                value=config.pad_value,
-            )
+            shown = spectra if visible[slot] else None
+            place_one(self._image(int(position)), out[slot], slot, draws, config, shown)
         return positions, pixels, draws.boxes
 
     def _image(self, position: int) -> Bytes:

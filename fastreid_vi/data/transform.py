@@ -14,15 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastreid_vi.config import DataConfig
-from fastreid_vi.data.images import DataError
+from fastreid_vi.config import VISIBLE, DataConfig
+from fastreid_vi.data.boxes import ATTEMPTS, below, first_that_fits
+from fastreid_vi.data.images import Bytes, DataError, Int64
+from fastreid_vi.data.spectrum import SpectrumDraws, change
 
-Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and deviation that are taken off pixels in [0, 1].
+NORMALIZE = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 RESIZE = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -30,10 +35,9 @@ RESIZE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-ERASE_ATTEMPTS = 10
 MIX_MEAN, MIX_SPREAD = (80.0, 150.0), (35.0, 60.0)  # grey levels of a mixed image
 # Flip, crop row, crop column, erase; then area, aspect, row, column of every attempt.
-_UNIFORMS = 4 + 4 * ERASE_ATTEMPTS
+_UNIFORMS = 4 + 4 * ATTEMPTS
 
 # Pillow reports damage under all of these names.
 _UNREADABLE = (
@@ -50,10 +54,14 @@ class Draws(NamedTuple):
     """The random choices for the B images of a batch."""
 
     flip: NDArray[np.bool_]  # [B]
-    top: Ints  # [B] first row of the crop in the padded image
-    left: Ints  # [B]
-    boxes: Ints  # [B, 4] erased box: top, left, height, width; height 0 erases nothing
+    top: Int64  # [B] first row of the crop in the padded image
+    left: Int64  # [B]
+    boxes: Int64  # [B, 4] erased box: top, left, height, width; height 0 erases nothing
     mix: Floats  # [B, 5] weights of the three channels, mean, spread; spread 0 mixes nothing
+
+    def rows(self, slots: Int64) -> Draws:
+        """The draws of some slots."""
+        return Draws._make(column[slots] for column in self)
 
 
 def read_image(path: Path, height: int, width: int, resize: str = "bilinear") -> Bytes:
@@ -115,10 +123,10 @@ def draw_augmentation(
     random = np.random.Generator(np.random.Philox(key=key, counter=counter))
     return Draws(
         flip=uniform[:, 0] < config.flip,
-        top=_below(uniform[:, 1], span),
-        left=_below(uniform[:, 2], span),
+        top=below(uniform[:, 1], span),
+        left=below(uniform[:, 2], span),
         boxes=_draw_boxes(
-            uniform[:, 4:].reshape(count, ERASE_ATTEMPTS, 4), uniform[:, 3] < config.erase, config
+            uniform[:, 4:].reshape(count, ATTEMPTS, 4), uniform[:, 3] < config.erase, config
         ),
         mix=_draw_mix(random, count, config.channel_mix),
     )
@@ -135,33 +143,17 @@ def _draw_mix(random: np.random.Generator, count: int, probability: float) -> Fl
 
 def _draw_boxes(
     uniform: NDArray[np.float64], erased: NDArray[np.bool_], config: DataConfig
-) -> Ints:
+) -> Int64:
     smallest, largest = config.erase_area
     area = config.height * config.width * (smallest + uniform[:, :, 0] * (largest - smallest))
     low, high = np.log(config.erase_aspect)
     aspect = np.exp(low + uniform[:, :, 1] * (high - low))
     height = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [B, attempts]
     width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (height < config.height) & (width < config.width) & (height > 0) & (width > 0)
-    rows = np.arange(len(uniform))
-    attempt = fits.argmax(axis=1)
-    height, width, uniform = height[rows, attempt], width[rows, attempt], uniform[rows, attempt]
-    boxes = np.stack(
-        [
-            _below(uniform[:, 2], config.height - height + 1),
-            _below(uniform[:, 3], config.width - width + 1),
-            height,
-            width,
-        ],
-        axis=1,
-    )
-    boxes[~(erased & fits.any(axis=1))] = 0
+    places = uniform[:, :, 2:]
+    boxes, found = first_that_fits(height, width, places, config.height, config.width)
+    boxes[~(erased & found)] = 0
     return boxes
-
-
-def _below(uniform: NDArray[np.float64], bound: int | Ints) -> Ints:
-    """Integers uniform in 0..bound-1 out of uniform numbers in [0, 1)."""
-    return np.asarray(np.floor(uniform * bound), dtype=np.int64)
 
 
 def mix_channels(image: Bytes, mix: Floats) -> Bytes:
@@ -213,48 +205,90 @@ def _overlap(shift: int, size: int) -> tuple[slice, slice]:
     return slice(max(shift, 0), max(shift, 0) + kept), slice(max(-shift, 0), max(-shift, 0) + kept)
 
 
-def normalize(images: Bytes) -> Floats:
-    """uint8 [B, 3, H, W] to float32: divide by 255, subtract ImageNet's mean, divide by its std."""
+def normalize(images: Bytes, kind: str = "imagenet") -> Floats:
+    """uint8 [B, 3, H, W] to float32: divide by 255, subtract a mean, divide by a deviation.
+
+    `kind` names them: ImageNet's, or 0.5 and 0.5, which give -1 to 1.
+    """
+    mean, std = NORMALIZE[kind]
     out = images.astype(np.float32)
     out /= np.float32(255)
-    out -= np.array(IMAGENET_MEAN, dtype=np.float32).reshape(3, 1, 1)
-    out /= np.array(IMAGENET_STD, dtype=np.float32).reshape(3, 1, 1)
+    out -= np.array(mean, dtype=np.float32).reshape(3, 1, 1)
+    out /= np.array(std, dtype=np.float32).reshape(3, 1, 1)
     return out
 
 
-def erase(images: Floats, boxes: Ints) -> None:
+def erase(images: Floats, boxes: Int64) -> None:
     """Set the boxes [B, 4] (top, left, height, width) of normalised images [B, 3, H, W] to 0."""
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = 0
 
 
-def augment(images: Bytes, draws: Draws, config: DataConfig) -> Floats:
+def augment(
+    images: Bytes,
+    draws: Draws,
+    config: DataConfig,
+    *,
+    spectra: SpectrumDraws | None = None,
+    modality: Int64 | None = None,
+) -> Floats:
     """The whole training transform on decoded images, with given draws.
 
     Args:
         images: uint8 [B, 3, H, W], resized.
         draws: one of each for every image.
-        config: `pad` and `pad_value`.
+        config: `pad`, `pad_value`, `gray_rounding`, `normalize`.
+        spectra: for every image; None leaves the channels alone.
+        modality: [B] VISIBLE or INFRARED, for `spectra`.
     Returns:
         float32 [B, 3, H, W].
-    Spec: mpanet 4, datasets 4. Golden: mcja/augment, `tail`.
+    Raises:
+        ValueError: `spectra` without `modality`.
+
+    Spec: mpanet 4, mcja 3.5, datasets 4. Golden: mcja/augment, `tail`.
     """
-    out = normalize(place(images, draws, config))
+    out = normalize(
+        place(images, draws, config, spectra=spectra, modality=modality), config.normalize
+    )
     erase(out, draws.boxes)
     return out
 
 
-def place(images: Bytes, draws: Draws, config: DataConfig) -> Bytes:
-    """The part of `augment` on uint8: mix, flip, pad, crop."""
+def place(
+    images: Bytes,
+    draws: Draws,
+    config: DataConfig,
+    *,
+    spectra: SpectrumDraws | None = None,
+    modality: Int64 | None = None,
+) -> Bytes:
+    """The part of `augment` on uint8: spectra of visible images, mix, flip, pad, crop."""
+    if spectra is not None and modality is None:
+        raise ValueError("modality: expected one of every image, for spectra, got None")
     out = np.empty_like(images)
-    for i in range(len(images)):
-        flip_pad_crop(
-            mix_channels(images[i], draws.mix[i]),
-            out[i],
-            flip=bool(draws.flip[i]),
-            top=int(draws.top[i]),
-            left=int(draws.left[i]),
-            pad=config.pad,
-            value=config.pad_value,
-        )
+    for slot, image in enumerate(images):
+        visible = modality is not None and modality[slot] == VISIBLE
+        place_one(image, out[slot], slot, draws, config, spectra if visible else None)
     return out
+
+
+def place_one(
+    image: Bytes,
+    out: Bytes,
+    slot: int,
+    draws: Draws,
+    config: DataConfig,
+    spectra: SpectrumDraws | None,
+) -> None:
+    """`place` for one image, into `out`; `spectra` is None for an infrared one."""
+    if spectra is not None:
+        image = change(image, spectra, slot, config.gray_rounding)
+    flip_pad_crop(
+        mix_channels(image, draws.mix[slot]),
+        out,
+        flip=bool(draws.flip[slot]),
+        top=int(draws.top[slot]),
+        left=int(draws.left[slot]),
+        pad=config.pad,
+        value=config.pad_value,
+    )

@@ -43,9 +43,8 @@ def loader(train, *, seed=3, state=None, epoch=None, **change):
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a, b)
+        x.paired == y.paired and all(map(torch.equal, x[:4], y[:4]))
         for x, y in zip(first, second, strict=True)
-        for a, b in zip(x, y, strict=True)
     )
 
 
