@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Name -> package, class of the network, of its options, of its recipes.
 METHODS: Final = {
     "baseline": ("fastreid_vi.methods.baseline", "Baseline", "BaselineOptions", "BaselineRecipe"),
+    "aligngan": ("fastreid_vi.methods.aligngan", "AlignGAN", "AlignGANOptions", "AlignGANRecipe"),
     "lba": ("fastreid_vi.methods.lba", "LbA", "LbAOptions", "LbARecipe"),
     "mpanet": ("fastreid_vi.methods.mpanet", "MPANet", "MPANetOptions", "MPANetRecipe"),
     "mcja": ("fastreid_vi.methods.mcja", "MCJA", "MCJAOptions", "MCJARecipe"),
@@ -25,11 +26,16 @@ METHODS: Final = {
 RECIPES: Final = {
     "baseline-sysu": ("fastreid_vi.methods.baseline.recipe", "sysu"),
     "baseline-regdb": ("fastreid_vi.methods.baseline.recipe", "regdb"),
+    "baseline-llcm": ("fastreid_vi.methods.baseline.recipe", "llcm"),
+    "aligngan-sysu": ("fastreid_vi.methods.aligngan.recipe", "sysu"),
+    "aligngan-regdb": ("fastreid_vi.methods.aligngan.recipe", "regdb"),
+    "aligngan-llcm": ("fastreid_vi.methods.aligngan.recipe", "llcm"),
     "lba-sysu": ("fastreid_vi.methods.lba.recipe", "sysu"),
     "lba-regdb": ("fastreid_vi.methods.lba.recipe", "regdb"),
     "lba-llcm": ("fastreid_vi.methods.lba.recipe", "llcm"),
     "mpanet-sysu": ("fastreid_vi.methods.mpanet.recipe", "sysu"),
     "mpanet-regdb": ("fastreid_vi.methods.mpanet.recipe", "regdb"),
+    "mpanet-llcm": ("fastreid_vi.methods.mpanet.recipe", "llcm"),
     "mcja-sysu": ("fastreid_vi.methods.mcja.recipe", "sysu"),
     "mcja-regdb": ("fastreid_vi.methods.mcja.recipe", "regdb"),
     "mcja-llcm": ("fastreid_vi.methods.mcja.recipe", "llcm"),
@@ -78,7 +84,7 @@ def recipe(name: str, dataset: str) -> Recipe:
 
     Args:
         name: method, a key of `METHODS`.
-        dataset: "sysu" or "regdb".
+        dataset: "sysu", "regdb" or "llcm", or the name of a variant, as in `RECIPES`.
     Returns:
         A `Recipe` with the method's options in `model`.
     Raises:
