@@ -1,18 +1,30 @@
 """Exact evaluation on NumPy, torch, CuPy or DLPack arrays; loads no torch."""
 
-from fastreid_vi.evaluation.chance import chance_sysu
+from fastreid_vi.evaluation.chance import chance_llcm, chance_regdb, chance_sysu
+from fastreid_vi.evaluation.directions import DIRECTION_NAMES, Direction
 from fastreid_vi.evaluation.galleries import Embeddings, sysu_galleries
+from fastreid_vi.evaluation.llcm import evaluate_llcm, llcm_galleries, llcm_table
 from fastreid_vi.evaluation.protocols import Evaluation, evaluate_sysu, sysu_table
 from fastreid_vi.evaluation.ranking import PerQuery, RankMetrics, rank_metrics
+from fastreid_vi.evaluation.regdb import evaluate_regdb, regdb_table
 
 __all__ = [
+    "DIRECTION_NAMES",
+    "Direction",
     "Embeddings",
     "Evaluation",
     "PerQuery",
     "RankMetrics",
+    "chance_llcm",
+    "chance_regdb",
     "chance_sysu",
+    "evaluate_llcm",
+    "evaluate_regdb",
     "evaluate_sysu",
+    "llcm_galleries",
+    "llcm_table",
     "rank_metrics",
+    "regdb_table",
     "sysu_galleries",
     "sysu_table",
 ]

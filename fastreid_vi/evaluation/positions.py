@@ -48,6 +48,16 @@ class Ranks(NamedTuple):
             self.average_precision[index],
         )
 
+    def queries(self, rows: Int) -> Ranks:
+        """Some queries of one gallery."""
+        return Ranks(
+            self.matches[rows],
+            self.first_image[rows],
+            self.first_identity[rows],
+            self.last_image[rows],
+            self.average_precision[rows],
+        )
+
     def put(self, galleries: int | slice, queries: Int | slice, found: Ranks) -> None:
         """Write what was found for some queries of one or all galleries."""
         whole: Any  # mypy joins the field types to object

@@ -1,4 +1,4 @@
-"""SYSU-MM01: all trials of all settings from one matrix product."""
+"""All trials of all settings of a protocol from one matrix product; SYSU-MM01's own settings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastreid_vi.evaluation.positions import CameraRule, Labels, Ranks, make_lab
 from fastreid_vi.evaluation.ranking import (
     PROTOCOLS,
     CmcBy,
+    ProtocolName,
     RankMetrics,
     check_options,
     summarize,
@@ -50,7 +51,9 @@ class Evaluation(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options:
+class Options:
+    """What a protocol does with features and ranks."""
+
     normalize: bool
     metric: Metric
     cmc_by: CmcBy
@@ -104,7 +107,9 @@ def evaluate_sysu(
     if rerank is not None:
         raise ValueError(f"rerank: expected None (plain distances), got {rerank!r}")
     galleries = galleries_of(gallery, permutations, [(mode, shots)], trials)
-    options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
+    options = make_options(
+        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+    )
     return _evaluate(query, gallery, {f"{mode}/{shots}": galleries[0]}, options)[f"{mode}/{shots}"]
 
 
@@ -129,14 +134,17 @@ def sysu_table(
         `permutations` is "random".
     Spec: evaluation, 2.1 and 4.
     """
-    options = _options(normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads)
+    options = make_options(
+        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+    )
     settings = [s for s in SETTINGS if s[1] == 1 or not isinstance(permutations, str)]
     galleries = galleries_of(gallery, permutations, settings, trials)
     names = [f"{mode}/{shots}" for mode, shots in settings]
     return _evaluate(query, gallery, dict(zip(names, galleries, strict=True)), options)
 
 
-def _options(
+def make_options(
+    protocol: ProtocolName,
     normalize: bool,
     metric: Metric,
     cmc_by: CmcBy | None,
@@ -144,10 +152,11 @@ def _options(
     max_rank: int | None,
     per_query: bool,
     threads: int | None,
-) -> _Options:
-    rule, by, length = PROTOCOLS["sysu"]
+) -> Options:
+    """Checked options, with the protocol's defaults for None."""
+    rule, by, length = PROTOCOLS[protocol]
     choice("metric", metric, Metric)
-    options = _Options(
+    options = Options(
         normalize=normalize or metric == "cosine",
         metric=metric,
         cmc_by=by if cmc_by is None else cmc_by,
@@ -161,20 +170,29 @@ def _options(
 
 
 def _evaluate(
-    query: Embeddings, gallery: Embeddings, settings: dict[str, list[Int]], options: _Options
+    query: Embeddings, gallery: Embeddings, settings: dict[str, list[Int]], options: Options
 ) -> dict[str, Evaluation]:
-    """Rank all galleries of all settings, then average over each setting's trials."""
-    ids, cams = ids_and_cams("query", query)
+    _, cams = ids_and_cams("query", query)
     if not np.isin(cams, QUERY_CAMERAS).all():
         raise ValueError(
             f"query.cams: expected infrared cameras {list(QUERY_CAMERAS)}, got "
             f"{np.unique(cams).tolist()}; are query and gallery swapped?"
         )
-    pool_ids, pool_cams = ids_and_cams("gallery", gallery)
+    return evaluate_galleries(query, gallery, settings, options)
+
+
+def evaluate_galleries(
+    query: Embeddings, gallery: Embeddings, settings: dict[str, list[Int]], options: Options
+) -> dict[str, Evaluation]:
+    """Rank all galleries of all settings, then average over each setting's trials.
+
+    Args:
+        query, gallery: all queries, the whole pool.
+        settings: name -> rows of the pool that each trial searches.
+        options: from `make_options`.
+    """
     galleries = [rows for trials in settings.values() for rows in trials]
-    used = np.unique(np.concatenate(galleries))
-    labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
-    ranks = _rank(query, gallery, used, labels, galleries, options)
+    ranks = rank_galleries(query, gallery, galleries, options)
     evaluations, first = {}, 0
     for name, trials in settings.items():
         results = [
@@ -187,9 +205,27 @@ def _evaluate(
             )
             for t, rows in enumerate(trials)
         ]
-        evaluations[name] = _over_trials(results)
+        evaluations[name] = over_trials(results)
         first += len(trials)
     return evaluations
+
+
+def rank_galleries(
+    query: Embeddings, gallery: Embeddings, galleries: Sequence[Int], options: Options
+) -> Ranks:
+    """Positions of the matches of every query in every gallery, [T, Q]."""
+    ids, cams = _ids_and_cams("query", query, options.camera_rule)
+    pool_ids, pool_cams = _ids_and_cams("gallery", gallery, options.camera_rule)
+    used = np.unique(np.concatenate(galleries))
+    labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
+    return _rank(query, gallery, used, labels, galleries, options)
+
+
+def _ids_and_cams(name: str, images: Embeddings, rule: CameraRule) -> tuple[Int, Int]:
+    """Zeros for cameras where the rule looks at none and none came."""
+    if images.cams is None and rule == "none":
+        images = images._replace(cams=np.zeros(len(images.ids), np.int64))
+    return ids_and_cams(name, images)
 
 
 def _rank(
@@ -198,7 +234,7 @@ def _rank(
     used: Int,
     labels: Labels,
     galleries: Sequence[Int],
-    options: _Options,
+    options: Options,
 ) -> Ranks:
     """Positions of the matches, [T, Q]: one product of queries x pool, block by block."""
     ranks = Ranks.empty(len(galleries), len(labels.query_ids))
@@ -261,7 +297,8 @@ def _features(side: str, images: Embeddings, rows: Int, normalize: bool) -> Real
     return features
 
 
-def _over_trials(trials: list[RankMetrics]) -> Evaluation:
+def over_trials(trials: list[RankMetrics]) -> Evaluation:
+    """Mean and deviation of the galleries' metrics."""
     cmc = np.stack([trial.cmc for trial in trials])
     precision = np.array([trial.mAP for trial in trials])
     penalty = np.array([trial.mINP for trial in trials])

@@ -1,0 +1,143 @@
+"""LLCM: ten galleries of one image for each person and camera of the other modality."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from fastreid_vi.evaluation.arrays import Int, at_least_one, choice
+from fastreid_vi.evaluation.directions import Direction, check_direction
+from fastreid_vi.evaluation.galleries import Embeddings, ids_and_cams
+from fastreid_vi.evaluation.positions import CameraRule
+from fastreid_vi.evaluation.protocols import (
+    Evaluation,
+    Metric,
+    Options,
+    evaluate_galleries,
+    make_options,
+    over_trials,
+    rank_galleries,
+)
+from fastreid_vi.evaluation.ranking import CmcBy, summarize
+
+VisToIr = Literal["paper", "released"]
+
+
+def evaluate_llcm(
+    query: Embeddings,
+    gallery: Embeddings,
+    *,
+    trials: int = 10,
+    vis_to_ir: VisToIr = "paper",
+    direction: Direction | None = None,
+    normalize: bool = True,
+    metric: Metric = "cosine",
+    cmc_by: CmcBy | None = None,
+    camera_rule: CameraRule | None = None,
+    max_rank: int | None = None,
+    per_query: bool = False,
+    threads: int | None = None,
+) -> Evaluation:
+    """One direction of LLCM: all queries search ten drawn galleries.
+
+    Args:
+        query, gallery: all test images of one modality and of the other, with cameras. A gallery's
+            draw goes over the files of a person and camera by name: give `paths`, or rows in the
+            order of the names.
+        trials: galleries, drawn with the seeds 0, 1, ...
+        vis_to_ir: for visible queries, "paper" is what the paper describes; "released" what the
+            released code computes, one image of each person and camera of the infrared `gallery`
+            searching all visible `query` images. A published figure must say which it is. Infrared
+            queries do not feel it.
+        direction: "vis_to_ir" or "ir_to_vis" to have it checked against the folders in the paths;
+            None takes the one they tell. Where neither is known "released" exchanges the sides.
+        normalize: divide features by their L2 norm first.
+        metric: as for `evaluate_sysu`.
+        cmc_by, camera_rule, max_rank, per_query, threads: as for `rank_metrics`.
+    Returns:
+        `Evaluation(mean, std, trials)`; with "released", `valid` of a trial is about the images
+        drawn, by (pid, camera).
+    Raises:
+        TypeError, ValueError: the argument that does not fit, by name.
+    Spec: evaluation, 2.3. Golden: eval/eval_llcm. Backends: retrieval.
+    """
+    choice("vis_to_ir", vis_to_ir, VisToIr)
+    options = make_options(
+        "llcm", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+    )
+    found = check_direction(query, gallery, direction)
+    drawn = llcm_galleries(gallery, trials)
+    if vis_to_ir == "paper" or found == "ir_to_vis":
+        return evaluate_galleries(query, gallery, {"llcm": drawn}, options)["llcm"]
+    return _released(gallery, query, drawn, options)
+
+
+def llcm_table(
+    infrared: Embeddings, visible: Embeddings, *, trials: int = 10
+) -> dict[str, Evaluation]:
+    """Both directions and the released form of the second.
+
+    Returns:
+        "ir_to_vis", "vis_to_ir" and "vis_to_ir/released" -> evaluation.
+    """
+    return {
+        "ir_to_vis": evaluate_llcm(infrared, visible, trials=trials, direction="ir_to_vis"),
+        "vis_to_ir": evaluate_llcm(visible, infrared, trials=trials, direction="vis_to_ir"),
+        "vis_to_ir/released": evaluate_llcm(
+            visible, infrared, trials=trials, direction="vis_to_ir", vis_to_ir="released"
+        ),
+    }
+
+
+def llcm_galleries(gallery: Embeddings, trials: int = 10) -> list[Int]:
+    """Rows of `gallery` that each trial searches, by (pid, camera).
+
+    Returns:
+        One int64 vector per trial: `random.seed(trial)`, then one `random.choice` among the images
+        of every person and camera, both ascending.
+    Raises:
+        TypeError, ValueError: the argument that does not fit, by name.
+    Spec: evaluation, 2.3.
+    """
+    at_least_one("trials", trials)
+    folders = _folders(gallery)
+    galleries = []
+    for trial in range(trials):
+        draw = random.Random(trial)
+        galleries.append(np.array([draw.choice(rows) for rows in folders], np.int64))
+    return galleries
+
+
+def _folders(gallery: Embeddings) -> list[list[int]]:
+    """Rows of each (pid, camera), ascending; inside by path, or as they come without paths."""
+    ids, cams = ids_and_cams("gallery", gallery)
+    names = np.arange(len(ids))
+    if gallery.paths is not None:
+        names = np.array([str(path) for path in gallery.paths])
+    order = np.lexsort((names, cams, ids))
+    new = (np.diff(ids[order]) != 0) | (np.diff(cams[order]) != 0)
+    limits = [0, *(np.flatnonzero(new) + 1).tolist(), len(order)]
+    return [order[a:b].tolist() for a, b in pairwise(limits)]
+
+
+def _released(
+    query: Embeddings, gallery: Embeddings, drawn: list[Int], options: Options
+) -> Evaluation:
+    """The rows `drawn` of `query` search the whole gallery; every row is ranked once."""
+    ranks = rank_galleries(query, gallery, [np.arange(len(gallery.ids))], options).gallery(0)
+    searched = f"the {len(gallery.ids)} gallery images of llcm, as released"
+    return over_trials(
+        [
+            summarize(
+                ranks.queries(rows),
+                options.cmc_by,
+                options.max_rank,
+                options.per_query,
+                searched,
+            )
+            for rows in drawn
+        ]
+    )
