@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastreid_vi.methods.baseline.recipe import BaselineOptions, BaselineRecipe, regdb, sysu
+from fastreid_vi.methods.baseline.recipe import BaselineOptions, BaselineRecipe, llcm, regdb, sysu
 
 if TYPE_CHECKING:
     from fastreid_vi.methods.baseline.model import Baseline
 
-__all__ = ["Baseline", "BaselineOptions", "BaselineRecipe", "regdb", "sysu"]
+__all__ = ["Baseline", "BaselineOptions", "BaselineRecipe", "llcm", "regdb", "sysu"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastreid_vi import ops
+from fastreid_vi._distributed import joined
 from fastreid_vi.methods.base import IGNORED, Losses, widened
 from fastreid_vi.methods.baseline.recipe import BaselineOptions
 
@@ -18,6 +19,9 @@ def baseline_losses(
     embeddings: Tensor, logits: Tensor, labels: Tensor, options: BaselineOptions
 ) -> Losses:
     """L = CE + triplet_weight L_tri; half precision is widened first and autocast is off inside.
+
+    Under several processes pairs are mined over the rows of all of them, and the gradient of the
+    triplet loss suits averaging over processes.
 
     Args:
         embeddings: [B, D], pooled features before the neck, not normalised.
@@ -31,9 +35,8 @@ def baseline_losses(
         logits = widened(logits)
         counted = (labels != IGNORED).sum().clamp(min=1)
         identity = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
-        triplet = ops.batch_hard_triplet_loss(
-            widened(embeddings), labels, margin=options.margin
-        ).loss
+        rows, row_labels = joined(widened(embeddings), labels, averaged=True)
+        triplet = ops.batch_hard_triplet_loss(rows, row_labels, margin=options.margin).loss
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
     terms = {"identity": identity, "triplet": triplet, "accuracy": accuracy}
     return Losses(terms, identity + options.triplet_weight * triplet)

@@ -93,3 +93,14 @@ def sysu() -> BaselineRecipe:
 def regdb() -> BaselineRecipe:
     """RegDB: as on SYSU-MM01."""
     return dataclasses.replace(sysu(), dataset="regdb")
+
+
+def llcm() -> BaselineRecipe:
+    """LLCM. Not official: AGW and LbA are older than this data set.
+
+    SYSU-MM01's recipe with the sizes of the data set's authors (DEEN): 384 x 144, 6 identities x
+    (4 + 4).
+    """
+    recipe = sysu()
+    data = dataclasses.replace(recipe.data, height=384, width=144, identities=6)
+    return dataclasses.replace(recipe, dataset="llcm", data=data)

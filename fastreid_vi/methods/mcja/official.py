@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastreid_vi.backbone import depth_of
-from fastreid_vi.methods.base import OfficialKeyError
 from fastreid_vi.methods.mcja.model import MCJA
 from fastreid_vi.methods.mcja.recipe import MCJAOptions
+from fastreid_vi.methods.official import renamed
 
 _OURS = re.compile(r"backbone\.(MDA_[1-4]\..*)")
 _IMAGENET_CLASSES = 1000
@@ -34,20 +34,10 @@ def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
         OfficialKeyError: a key is missing or unknown.
         ValueError: a shape does not fit.
     """
-    network = _network(state)
-    unused = [name for name in ("backbone.fc.weight", "backbone.fc.bias") if name in state]
-    official = {_official(name): name for name in network.state_dict()}
-    found = set(state) - set(unused)
-    if missing := [name for name in official if name not in found]:
-        raise OfficialKeyError(missing, sorted(found - set(official)), "MCJA checkpoint")
-    if unknown := sorted(found - set(official)):
-        raise OfficialKeyError((), unknown, "MCJA checkpoint")
-    ours = {name: state[theirs] for theirs, name in official.items()}
-    for name, wanted in network.state_dict().items():
-        if ours[name].shape != wanted.shape:
-            expected, got = list(wanted.shape), list(ours[name].shape)
-            raise ValueError(f"{_official(name)}: expected shape {expected}, got {got}")
-    return ours, unused
+    wanted = _network(state).state_dict()
+    names: dict[str, str | None] = {_official(name): name for name in wanted}
+    unused = dict.fromkeys(f"backbone.fc.{entry}" for entry in ("weight", "bias"))
+    return renamed(state, wanted, {**names, **unused}, "MCJA checkpoint")
 
 
 def to_official(
@@ -90,16 +80,16 @@ def _official(name: str) -> str:
 def _network(state: Mapping[str, Tensor]) -> MCJA:
     """The network that a state dict seems to belong to, without storage."""
     adapters = [_count(state, f"MDA_{layer}.") for layer in range(1, 5)]
-    maps = next((len(t) for n, t in state.items() if n.endswith("sc_conv.bias")), 1)
-    num_ids = len(state["classifier.weight"]) if "classifier.weight" in state else 1
+    sizes = {name: len(tensor) for name, tensor in state.items() if tensor.dim()}
+    maps = next((size for name, size in sizes.items() if name.endswith("sc_conv.bias")), 1)
     options = MCJAOptions(
         depth=depth_of(name.removeprefix("backbone.") for name in state),
         mda_layers=(adapters[0], adapters[1], adapters[2], adapters[3]),
-        mda_m=maps,
+        mda_m=max(maps, 1),
         weights="none",
     )
     with torch.device("meta"):
-        return MCJA(num_ids, options)
+        return MCJA(max(sizes.get("classifier.weight", 1), 1), options)
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastreid_vi.methods.mpanet.recipe import MPANetOptions, MPANetRecipe, regdb, sysu
+from fastreid_vi.methods.mpanet.recipe import MPANetOptions, MPANetRecipe, llcm, regdb, sysu
 
 if TYPE_CHECKING:
     from fastreid_vi.methods.mpanet.model import MPANet
 
-__all__ = ["MPANet", "MPANetOptions", "MPANetRecipe", "regdb", "sysu"]
+__all__ = ["MPANet", "MPANetOptions", "MPANetRecipe", "llcm", "regdb", "sysu"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastreid_vi import ops
+from fastreid_vi._distributed import joined
 from fastreid_vi.config import VISIBLE
 from fastreid_vi.methods.base import IGNORED, Losses, widened
 from fastreid_vi.methods.mpanet.recipe import MPANetOptions
@@ -42,7 +43,9 @@ def mpanet_losses(
 ) -> Losses:
     """All terms and L = 0.5 L_sep + L_cc + L_id + 1.0 (L_v + L_i) + 2.5 L_kl (official weights).
 
-    Half-precision outputs are widened first and autocast is off inside.
+    Half-precision outputs are widened first and autocast is off inside. Under several processes the
+    centres are those of the rows of all of them, and the gradient of the centre cluster loss suits
+    averaging over processes.
 
     Args:
         outputs: of one training forward.
@@ -60,8 +63,7 @@ def mpanet_losses(
         if options.sep_normalize:
             separation = separation / (outputs.maps.shape[2] * outputs.maps.shape[3])
         center = center_cluster(
-            outputs.embeddings,
-            labels,
+            *joined(outputs.embeddings, labels, averaged=True),
             margin=options.margin,
             mode=options.cc_mode,
             safe=options.cc_safe,

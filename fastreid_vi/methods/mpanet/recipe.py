@@ -116,3 +116,14 @@ def regdb() -> MPANetRecipe:
         schedule=dataclasses.replace(recipe.schedule, milestones=(110,)),
         model=dataclasses.replace(recipe.model, normalize_test=False),
     )
+
+
+def llcm() -> MPANetRecipe:
+    """LLCM. Not official: MPANet is older than this data set.
+
+    SYSU-MM01's recipe at 384 x 144, the size that the data set's authors train at.
+    """
+    recipe = sysu()
+    return dataclasses.replace(
+        recipe, dataset="llcm", data=dataclasses.replace(recipe.data, width=144)
+    )
