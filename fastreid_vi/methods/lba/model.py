@@ -81,7 +81,8 @@ class LbA(Method):
         Args:
             batch: k visible and k infrared images of each of P identities, P > k. With
                 `batch.paired` the device is not waited for; otherwise rows may stand in any order,
-                and labels and modalities are read. Without alignment any batch is taken.
+                and labels and modalities are read. Without alignment any batch is taken. Of several
+                processes each pairs its own rows; paired batches have the same size in all.
             phase: "main".
         Raises:
             TypeError, ValueError: a label, modality or the phase does not fit, or the batch cannot
@@ -107,11 +108,8 @@ class LbA(Method):
                 top = self._layer(4, features) if layer == 3 else features
                 aligned_logits[layer] = self._classify(self._pooled(top))
         pooled = self._pooled(feat4)
-        return lba_losses(
-            Outputs(pooled, self._classify(pooled), aligned_logits, dense),
-            batch.labels,
-            self.options,
-        )
+        outputs = Outputs(pooled, self._classify(pooled), aligned_logits, dense)
+        return lba_losses(outputs, batch.labels, self.options, equal_sizes=batch.paired > 0)
 
     def draw(self, arrangement: Arrangement) -> Pairs:
         """Partners for one layer, on the CPU."""
