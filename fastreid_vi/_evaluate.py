@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,15 +14,24 @@ import numpy as np
 from fastreid_vi import _console, methods
 from fastreid_vi._flags import published
 from fastreid_vi.config import Batch, Recipe
-from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics, sysu_table
-from fastreid_vi.evaluation.chance import chance_sysu
+from fastreid_vi.evaluation import (
+    DIRECTION_NAMES,
+    Embeddings,
+    Evaluation,
+    RankMetrics,
+    chance_llcm,
+    chance_regdb,
+    chance_sysu,
+    llcm_table,
+    regdb_table,
+    sysu_table,
+)
 from fastreid_vi.evaluation.protocols import SETTINGS
 
 if TYPE_CHECKING:
-    from fastreid_vi.data import SysuMM01
+    from fastreid_vi.data import Index
     from fastreid_vi.methods.base import Method
 
-PROTOCOL = "sysu-official"
 TRIALS = 10
 METRICS = ("R1", "R5", "R10", "R20", "mAP", "mINP")
 EMBEDDINGS = "embeddings"
@@ -45,13 +55,16 @@ class Target:
     """Run folder; None for a checkpoint that lies elsewhere."""
 
 
-def open_target(path: Path, *, recipe: str | None = None, root: Path | None = None) -> Target:
+def open_target(
+    path: Path, *, recipe: str | None = None, root: Path | None = None, trial: int | None = None
+) -> Target:
     """Find out what `path` stands for.
 
     Args:
         path: a run folder, a checkpoint folder or a weights file.
         recipe: run.json or the name of a recipe, for weights outside a run folder.
         root: data set, if not the one the run was trained on.
+        trial: of RegDB; must be the one of run.json, and is chosen for weights without one.
     Raises:
         RunError, TrainError: nothing there, or not enough is known about it; says what to add.
     """
@@ -68,9 +81,15 @@ def open_target(path: Path, *, recipe: str | None = None, root: Path | None = No
     if recipe is not None and not Path(recipe).is_file():
         header = load_safetensors(weights)[1]
         found, num_ids, data = published(recipe), header.num_ids if header else 0, None
+        found = of_trial(found, trial)
     else:
         record = read_record(Path(recipe) if recipe is not None else folder or path)
         found, num_ids, data = record.recipe, record.num_ids, record.root
+        if of_trial(found, trial) != found:
+            raise RunError(
+                f"{path}: trained on trial {found.data.trial} of RegDB, cannot be evaluated on "
+                f"trial {trial}: its test persons may have been trained on"
+            )
     data = root or data
     if data is None:
         raise RunError(f"{path}: name the data set to evaluate on: --data-root")
@@ -84,24 +103,40 @@ def read_record(path: Path) -> Any:
     return train.read_run(path, lambda method, _: methods.recipe_type(method))
 
 
-def open_dataset(recipe: Recipe, root: Path) -> SysuMM01:
+def of_trial(recipe: Recipe, trial: int | None) -> Recipe:
+    """The recipe on another trial of RegDB; None leaves it as it is.
+
+    Raises:
+        RunError: the data set has no trials.
+        ValueError: there is no such trial.
+    """
+    if trial is None:
+        return recipe
+    if recipe.dataset != "regdb":
+        raise RunError(
+            f"--trial {trial}: only RegDB has trials, the recipe is for {recipe.dataset}"
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, trial=trial))
+
+
+def open_dataset(recipe: Recipe, root: Path) -> Index:
     """The data set of a recipe.
 
     Raises:
-        RunError: a layout that is not read.
         DataError: it is not there or not whole.
     """
-    from fastreid_vi.data import SysuMM01
+    from fastreid_vi.data import LLCM, RegDB, SysuMM01
 
-    if recipe.dataset != "sysu":
-        raise RunError(f"data set {recipe.dataset!r}: this version reads SYSU-MM01 (sysu) only")
     data = recipe.data
-    return SysuMM01(
-        root, splits=data.splits, label_order=data.label_order, skip_broken=data.skip_broken
-    )
+    order, skip = data.label_order, data.skip_broken
+    if recipe.dataset == "regdb":
+        return RegDB(root, trial=data.trial, label_order=order, skip_broken=skip)
+    if recipe.dataset == "llcm":
+        return LLCM(root, label_order=order, skip_broken=skip)
+    return SysuMM01(root, splits=data.splits, label_order=order, skip_broken=skip)
 
 
-def load_method(target: Target, dataset: SysuMM01 | None = None) -> tuple[Method, Any]:
+def load_method(target: Target, dataset: Index | None = None) -> tuple[Method, Any]:
     """The network with its weights, and the checkpoint's header (None for a bare weights file)."""
     from fastreid_vi import train
 
@@ -115,7 +150,7 @@ def load_method(target: Target, dataset: SysuMM01 | None = None) -> tuple[Method
 
 def embed(
     target: Target,
-    dataset: SysuMM01,
+    dataset: Index,
     *,
     device: str | None,
     progress: Callable[[str], Any],
@@ -157,30 +192,64 @@ def embed(
     return found[0], found[1], checkpoint
 
 
-def score(query: Embeddings, gallery: Embeddings, permutations: Any) -> dict[str, Any]:
-    """All four settings with chance beside them, JSON-ready."""
-    table = sysu_table(query, gallery, permutations, trials=TRIALS)
-    settings = {}
-    for mode, shots in SETTINGS:
-        found = table[f"{mode}/{shots}"]
-        chance = chance_sysu(
-            query.ids, query.cams, gallery.ids, gallery.cams, mode=mode, shots=shots
-        )
-        settings[f"{mode}/{shots}"] = {
+def score(dataset: Index, query: Embeddings, gallery: Embeddings) -> dict[str, Any]:
+    """Every setting of the data set's protocol with chance beside it, JSON-ready.
+
+    Args:
+        dataset: says which protocol.
+        query: infrared test images.
+        gallery: visible test images, the whole pool.
+    """
+    protocol, trials, table, chance = _SCORES[dataset.name](dataset, query, gallery)
+    settings = {
+        name: {
             "mean": _plain(found.mean),
             "std": _plain(found.std),
-            "chance": _plain(chance),
+            "chance": _plain(chance[name]),
             "trials": [_plain(trial) for trial in found.trials],
             "valid_queries": int(np.count_nonzero(found.mean.valid)),
         }
+        for name, found in table.items()
+    }
     return {
-        "protocol": PROTOCOL,
-        "trials": TRIALS,
+        "protocol": protocol,
+        "trials": trials,
         "queries": len(query.ids),
         "gallery": len(gallery.ids),
         "identities": len(np.unique(query.ids)),
         "settings": settings,
     }
+
+
+_Scored = tuple[str, int, dict[str, Evaluation], dict[str, RankMetrics]]
+
+
+def _score_sysu(dataset: Any, query: Embeddings, gallery: Embeddings) -> _Scored:
+    table = sysu_table(query, gallery, dataset.permutations, trials=TRIALS)
+    of = (query.ids, query.cams, gallery.ids, gallery.cams)
+    chance = {f"{m}/{k}": chance_sysu(*of, mode=m, shots=k) for m, k in SETTINGS}
+    return "sysu-official", TRIALS, table, chance
+
+
+def _score_regdb(dataset: Any, query: Embeddings, gallery: Embeddings) -> _Scored:
+    chance = {
+        "vis_to_ir": chance_regdb(gallery.ids, query.ids),
+        "ir_to_vis": chance_regdb(query.ids, gallery.ids),
+    }
+    return f"regdb-trial-{dataset.trial}", 1, regdb_table(query, gallery), chance
+
+
+def _score_llcm(dataset: Any, query: Embeddings, gallery: Embeddings) -> _Scored:
+    infrared, visible = (query.ids, query.cams), (gallery.ids, gallery.cams)
+    chance = {
+        "ir_to_vis": chance_llcm(*infrared, *visible),
+        "vis_to_ir": chance_llcm(*visible, *infrared),
+        "vis_to_ir/released": chance_llcm(*visible, *infrared, vis_to_ir="released"),
+    }
+    return "llcm-paper", TRIALS, llcm_table(query, gallery, trials=TRIALS), chance
+
+
+_SCORES = {"sysu": _score_sysu, "regdb": _score_regdb, "llcm": _score_llcm}
 
 
 def keep(folder: Path, query: Embeddings, gallery: Embeddings, result: dict[str, Any]) -> None:
@@ -219,27 +288,37 @@ def heading(result: dict[str, Any]) -> str:
     """What the table below it is about."""
     checkpoint = result["checkpoint"]
     epoch = f", epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""
+    trials = result["trials"]
+    values = f"mean ± std of {trials} trials, %" if trials > 1 else "one of ten trials, %"
+    sysu = result["protocol"].startswith("sysu")
+    queries, images = (
+        ("queries", "gallery images") if sysu else ("infrared images", "visible images")
+    )
     return (
         f"{result['method']} ({checkpoint['path']}{epoch}) on {result['data_root']}\n"
-        f"protocol {result['protocol']}: {result['queries']} queries of {result['identities']} "
-        f"identities, {result['gallery']} gallery images; "
-        f"mean ± std of {result['trials']} trials, %"
+        f"protocol {result['protocol']}: {result['queries']} {queries} of {result['identities']} "
+        f"identities, {result['gallery']} {images}; {values}"
     )
 
 
 def table_text(result: dict[str, Any]) -> str:
     """The result as a table for people, percent, chance below each setting."""
     rows: list[list[str]] = []
+    one = result["trials"] == 1
+    gap = "" if one else "       "  # as wide as a deviation
     for setting, found in result["settings"].items():
         mean, std, chance = found["mean"], found["std"], found["chance"]
         rows.append([setting_text(setting)])
-        rows[-1] += [f"{100 * mean[m]:.2f} ± {100 * std[m]:.2f}" for m in METRICS]
-        rows.append(["  chance", *(f"{100 * chance[m]:.2f}       " for m in METRICS)])
-    return _console.table(["", *(f"{metric}       " for metric in METRICS)], rows)
+        spread = {m: "" if one else f" ± {100 * std[m]:.2f}" for m in METRICS}
+        rows[-1] += [f"{100 * mean[m]:.2f}{spread[m]}" for m in METRICS]
+        rows.append(["  chance", *(f"{100 * chance[m]:.2f}{gap}" for m in METRICS)])
+    return _console.table(["", *(f"{metric}{gap}" for metric in METRICS)], rows)
 
 
 def setting_text(setting: str) -> str:
-    """ "all/10" -> "all, 10 shots"."""
+    """ "all/10" -> "all, 10 shots"; directions in words."""
+    if setting in DIRECTION_NAMES:
+        return DIRECTION_NAMES[setting]
     mode, shots = setting.split("/")
     return f"{mode}, {shots} shot" + ("" if shots == "1" else "s")
 

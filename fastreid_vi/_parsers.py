@@ -127,6 +127,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, metavar="RUN", help="run folder, checkpoint folder or weights file")
     add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
     add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
+    add("--trial", type=_count, metavar="N", help="trial of RegDB, 1 to 10: that of the run")
     add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
 

@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastreid_vi import _evaluate
 from fastreid_vi._evaluate import EMBEDDINGS, RunError, Target
-from fastreid_vi.evaluation import Embeddings, sysu_galleries
+from fastreid_vi.evaluation import Embeddings, llcm_galleries, sysu_galleries
 from fastreid_vi.figures import Curve
 from fastreid_vi.report import PatternMaps, ReportedRun
 
 if TYPE_CHECKING:
-    from fastreid_vi.data import SysuMM01
+    from fastreid_vi.data import Index
 
 MAP_PERSONS = 4
+_RULES = {
+    "sysu": "10 trials, infrared queries, location rule",
+    "regdb": "one of ten trials, both directions, no camera rule",
+    "llcm": "10 trials, both directions, images of the query's person and camera left out",
+}
 
 
 def reported_run(folder: Path, name: str, *, root: Path | None = None) -> ReportedRun:
@@ -40,7 +46,7 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
     dataset = _evaluate.open_dataset(target.recipe, target.root)
     query, gallery = (train.load_embeddings(folder / EMBEDDINGS / n) for n in ("query", "gallery"))
     records = read_metrics(folder / "metrics.jsonl")
-    shown = sysu_galleries(gallery, dataset.permutations, mode="all", shots=1, trials=1)[0]
+    shown, shown_name = shown_gallery(dataset, gallery)
     return ReportedRun(
         name=name,
         facts=_facts(folder, target, test),
@@ -56,10 +62,21 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
         query=query,
         gallery=gallery,
         shown=shown,
-        shown_name="all-search, single shot, trial 1",
+        shown_name=shown_name,
+        protocol=dataset.name,
         image_root=target.root,
         maps=pattern_maps(target, dataset, query, gallery),
     )
+
+
+def shown_gallery(dataset: Any, gallery: Embeddings) -> tuple[NDArray[np.int64] | None, str]:
+    """Rows of the gallery that rank lists search, and what they are in words."""
+    if dataset.name == "regdb":
+        return None, f"the visible images of trial {dataset.trial}"
+    if dataset.name == "llcm":
+        return llcm_galleries(gallery, 1)[0], "one image of each person and camera, trial 1"
+    rows = sysu_galleries(gallery, dataset.permutations, mode="all", shots=1, trials=1)[0]
+    return rows, "all-search, single shot, trial 1"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -99,7 +116,7 @@ def curves(
 
 
 def pattern_maps(
-    target: Target, dataset: SysuMM01, query: Embeddings, gallery: Embeddings
+    target: Target, dataset: Index, query: Embeddings, gallery: Embeddings
 ) -> PatternMaps | None:
     """Pattern maps of a few test persons, infrared and visible, for a method that has them."""
     import torch
@@ -145,11 +162,11 @@ def _facts(folder: Path, target: Target, test: dict[str, Any]) -> dict[str, str]
         "Data set": f"{target.root}: {record.num_ids} training, {test['identities']} test "
         f"identities, {test['queries']} queries, {test['gallery']} gallery images",
         "Input": f"{recipe.data.height} x {recipe.data.width} pixels",
-        "Protocol": f"{test['protocol']}: {test['trials']} trials, infrared queries, location rule",
+        "Protocol": f"{test['protocol']}: {_RULES[recipe.dataset]}",
         "Checkpoint": checkpoint["path"],
     }
-    made = target.root / "exp" / "synthetic.json"
-    if made.is_file():
+    made = next(target.root.glob("*/synthetic.json"), None)
+    if made is not None:
         seed = json.loads(made.read_text(encoding="utf-8")).get("seed")
         facts["Data set"] += f"; drawn (data synth, seed {seed}), no real persons"
     if "epoch" in checkpoint:

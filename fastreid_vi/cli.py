@@ -158,13 +158,15 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     """Print the protocol's table."""
     from fastreid_vi import _evaluate
 
-    target = _evaluate.open_target(args.run, recipe=args.recipe, root=args.data_root)
+    target = _evaluate.open_target(
+        args.run, recipe=args.recipe, root=args.data_root, trial=args.trial
+    )
     dataset = _evaluate.open_dataset(target.recipe, target.root)
     query, gallery, checkpoint = _evaluate.embed(
         target, dataset, device=args.device, progress=console.progress
     )
     result = {
-        **_evaluate.score(query, gallery, dataset.permutations),
+        **_evaluate.score(dataset, query, gallery),
         "method": target.recipe.method,
         "data_root": str(target.root),
         "checkpoint": checkpoint,

@@ -12,12 +12,20 @@ from numpy.typing import NDArray
 from fastreid_vi import _page
 from fastreid_vi._page import Section
 from fastreid_vi.evaluation import Embeddings, PerQuery, rank_metrics
+from fastreid_vi.evaluation.directions import side_of
 from fastreid_vi.figures import Tile
 
 if TYPE_CHECKING:
     from fastreid_vi.report import ReportedRun
 
 INFRARED_CAMERAS = (3, 6)
+# What a query's gallery is without.
+_RULES = {
+    "sysu": ", without those taken at the query's own location",
+    "regdb": "",
+    "llcm": ", without those of the query's person from its own camera",
+    "market": ", without those of the query's person from its own camera",
+}
 
 
 def pick_queries(
@@ -52,11 +60,11 @@ def rank_list(run: ReportedRun, row: int, *, top: int = 10) -> list[Tile]:
         top: length of the list.
     Returns:
         The query's tile, then at most `top` gallery tiles, framed by whether the person matches.
-        Images taken at the query's own location are left out, as the protocol asks.
+        Images that the protocol's camera rule drops are left out.
     """
     query, gallery, shown = _embeddings(run)
     distance = distances(query.features[row : row + 1], gallery.features[shown])[0]
-    keep = location(gallery.cams[shown]) != location(query.cams[row])
+    keep = kept(run, np.array([row]), shown)[0]
     order = np.argsort(np.where(keep, distance, np.inf), kind="stable")[: min(top, keep.sum())]
     person = int(query.ids[row])
     tiles = [_tile(run, query, row, "query", None, person)]
@@ -89,11 +97,11 @@ def rank_list_section(
     if not body:
         return None
     first = next(iter(groups.values()))[0]
+    searched = f"{first.shown_name}, {len(_embeddings(first)[2])} test images"
     note = (
         f"Sort order: ascending cosine distance, ties by gallery index; the {top} nearest. "
-        f"Gallery: {first.shown_name}, {len(_embeddings(first)[2])} test images, without those "
-        "taken at the query's own location. Green frame and ✓: the same person; red frame and ✗: "
-        "another. VIS is a visible, IR an infrared image. Queries are the best, median and worst "
+        f"Gallery: {searched}{_RULES[first.protocol]}. "
+        "Green frame and ✓: the same person; red frame and ✗: another. VIS is a visible, IR an infrared image. Queries are the best, median and worst "
         f"by average precision (mean over the runs shown), ties drawn with seed {seed}."
     )
     return Section("Rank lists", note, "".join(body))
@@ -114,7 +122,7 @@ def _per_query(run: ReportedRun) -> PerQuery:
         gallery.ids[shown],
         query.cams,
         gallery.cams[shown],
-        protocol="sysu",
+        protocol=run.protocol,
         per_query=True,
     )
     assert metrics.per_query is not None
@@ -132,6 +140,26 @@ def distances(queries: NDArray[Any], gallery: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(1.0 - unit(queries) @ unit(gallery).T)
 
 
+def kept(run: ReportedRun, queries: NDArray[Any], images: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which gallery images each query keeps under the camera rule of the run's protocol.
+
+    Args:
+        run: a run with embeddings.
+        queries: [Q] rows.
+        images: [G] gallery rows.
+    Returns:
+        [Q, G].
+    """
+    query, gallery, _ = _embeddings(run)
+    if run.protocol == "regdb":
+        return np.ones((len(queries), len(images)), dtype=bool)
+    cams, others = query.cams[queries][:, None], gallery.cams[images][None, :]
+    if run.protocol == "sysu":
+        return np.asarray(location(cams) != location(others))
+    same = query.ids[queries][:, None] == gallery.ids[images][None, :]
+    return np.asarray(~(same & (cams == others)))
+
+
 def location(cams: Any) -> Any:
     """Place of each camera of SYSU-MM01."""
     # Cameras 2 and 3 of SYSU-MM01 hang in the same room.
@@ -144,7 +172,7 @@ def _tile(
     if run.image_root is None:
         raise ValueError(f"{run.name}: expected image_root, the folder of the embedded images")
     cam, found = int(images.cams[row]), int(images.ids[row])
-    modality = "IR" if cam in INFRARED_CAMERAS else "VIS"
+    modality = "IR" if _infrared(run, cam, str(images.paths[row])) else "VIS"
     correct = None if distance is None else found == person
     mark = "" if correct is None else " ✓" if correct else " ✗"
     lines = [f"{head}{mark}", f"{modality} cam {cam}", f"id {found}"]
@@ -154,6 +182,13 @@ def _tile(
     away = "" if distance is None else f", distance {distance:.3f}"
     alt = f"{head}: {modality} image of person {found}, camera {cam}{away}{match}"
     return Tile(_read(run.image_root / str(images.paths[row])), tuple(lines), alt, correct)
+
+
+def _infrared(run: ReportedRun, cam: int, path: str) -> bool:
+    """By the camera, or by the folder where both modalities share their cameras."""
+    if run.protocol == "sysu":
+        return cam in INFRARED_CAMERAS
+    return side_of(path) == "infrared"
 
 
 def _read(path: Path) -> NDArray[np.uint8]:

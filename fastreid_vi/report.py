@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from fastreid_vi import _page, figures
 from fastreid_vi._page import Section
-from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics
+from fastreid_vi.evaluation import DIRECTION_NAMES, Embeddings, Evaluation, RankMetrics
+from fastreid_vi.evaluation.ranking import ProtocolName
 from fastreid_vi.figures import Curve, Tile
-from fastreid_vi.ranklists import distances, location, rank_list_section
+from fastreid_vi.ranklists import distances, kept, rank_list_section
 
 METRICS = ("R1", "R5", "R10", "R20", "mAP", "mINP")
 HISTOGRAM_QUERIES = 500
@@ -56,6 +57,8 @@ class ReportedRun:
     """Rows of `gallery` that the rank lists use; None for all."""
     shown_name: str = "whole gallery pool"
     """What those rows are, in words."""
+    protocol: ProtocolName = "sysu"
+    """Whose camera rule rank lists and distances follow."""
     image_root: Path | None = None
     """Folder that the embeddings' paths are relative to."""
     maps: PatternMaps | None = None
@@ -114,7 +117,9 @@ def metric_values(metrics: RankMetrics) -> dict[str, float]:
 
 
 def setting_name(setting: str) -> str:
-    """ "all/1" -> "all-search, single shot"."""
+    """ "all/1" -> "all-search, single shot"; directions in words."""
+    if setting in DIRECTION_NAMES:
+        return DIRECTION_NAMES[setting]
     mode, shots = setting.split("/")
     return f"{mode}-search, " + ("single shot" if shots == "1" else f"{shots} shots")
 
@@ -194,8 +199,8 @@ def _cmc(runs: Sequence[ReportedRun]) -> Section | None:
     if not settings:
         return None
     note = (
-        "Share of queries whose person is among the first k identities. Band: one standard "
-        "deviation over trials."
+        "Share of queries whose person is among the first k identities (RegDB: images). Band: one "
+        "standard deviation over trials."
     )
     alt = "CMC curves. " + "; ".join(
         f"{setting}, {name}: rank 1 {100 * curve.y[0]:.1f} %, "
@@ -215,7 +220,7 @@ def _histogram(runs: Sequence[ReportedRun], seed: int) -> Section | None:
         chosen = np.random.default_rng(seed).permutation(count)[:HISTOGRAM_QUERIES]
         distance = distances(run.query.features[chosen], run.gallery.features)
         same = run.query.ids[chosen][:, None] == run.gallery.ids[None, :]
-        keep = location(run.query.cams[chosen])[:, None] != location(run.gallery.cams)[None, :]
+        keep = kept(run, chosen, np.arange(len(run.gallery.ids)))
         pairs[run.name] = (distance[same & keep], distance[~same & keep])
     if not pairs or any(not len(part) for both in pairs.values() for part in both):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,7 +11,13 @@ import torch
 from fastreid_vi.config import INFRARED, VISIBLE, Recipe
 from fastreid_vi.data.images import ImageList
 from fastreid_vi.data.loader import eval_loader
-from fastreid_vi.evaluation import evaluate_sysu
+from fastreid_vi.evaluation import (
+    Embeddings,
+    RankMetrics,
+    evaluate_llcm,
+    evaluate_regdb,
+    evaluate_sysu,
+)
 from fastreid_vi.methods.base import Method
 from fastreid_vi.train.embed import embed_all
 from fastreid_vi.train.errors import TrainError
@@ -21,10 +26,20 @@ from fastreid_vi.train.state import undisturbed
 EvalOn = Literal["validation", "test"]
 _RANKS = (1, 5, 10, 20)
 _TRIALS = 10
+# What an evaluation during training measures, in words.
+_PROTOCOLS = {
+    "sysu": f"all-search, single-shot, {_TRIALS} galleries",
+    "regdb": "all images of the gallery",
+    "llcm": f"one image of each person and camera, {_TRIALS} galleries",
+}
 
 
 class TrainingData(Protocol):
-    """What training needs of a data set; `data.datasets.SysuMM01` is one."""
+    """What training needs of a data set; `data.SysuMM01`, `RegDB` and `LLCM` are.
+
+    The test split of SYSU-MM01 also needs `permutations`: (camera, pid) -> image numbers that each
+    trial takes.
+    """
 
     @property
     def root(self) -> Path:
@@ -41,10 +56,6 @@ class TrainingData(Protocol):
     @property
     def gallery(self) -> ImageList:
         """Test gallery pool."""
-
-    @property
-    def permutations(self) -> Mapping[tuple[int, int], Any]:
-        """(camera, pid) -> image numbers that each trial takes."""
 
     def hold_out(self, n: int, seed: int) -> tuple[ImageList, ImageList]:
         """Split `n` training identities off."""
@@ -74,10 +85,11 @@ def training_split(dataset: TrainingData, recipe: Recipe) -> TrainingSplit:
 
 
 class Judge:
-    """Scores a method: infrared queries, visible galleries, all-search, single-shot, ten galleries.
+    """Scores a method by its data set's protocol: infrared queries search visible galleries.
 
-    The galleries are drawn with the seeds 0..9 on the validation split, by the data set's
-    permutations on the test split.
+    SYSU-MM01: all-search, single-shot, ten galleries, drawn with the seeds 0..9 on the validation
+    split, by the data set's permutations on the test split. RegDB: the whole gallery. LLCM: ten
+    galleries.
 
     Args:
         dataset: the data set that is trained on.
@@ -85,17 +97,20 @@ class Judge:
         recipe: the run.
         eval_on: "validation", or "test" when that was asked for by name.
     Raises:
-        TrainError: the validation split lacks a modality.
+        TrainError: the validation split lacks a modality, or the test split its permutations.
     """
 
     def __init__(
         self, dataset: TrainingData, validation: ImageList | None, recipe: Recipe, eval_on: EvalOn
     ) -> None:
         self.split, self._recipe = eval_on, recipe
-        self._permutations: Mapping[tuple[int, int], Any] | Literal["random"] = "random"
+        self._permutations: Any = "random"
         lists: list[ImageList] = []
         if eval_on == "test":
-            lists, self._permutations = [dataset.query, dataset.gallery], dataset.permutations
+            lists = [dataset.query, dataset.gallery]
+            self._permutations = getattr(dataset, "permutations", None)
+            if self._permutations is None and recipe.dataset == "sysu":
+                raise TrainError("dataset: the test split of SYSU-MM01 needs permutations")
         elif eval_on != "validation":
             raise ValueError(f'eval_on: expected "validation" or "test", got {eval_on!r}')
         elif validation is not None:
@@ -128,11 +143,18 @@ class Judge:
                 )
                 for loader, images in self._loaders
             )
-        mean = evaluate_sysu(
-            query, gallery, self._permutations, mode="all", shots=1, trials=_TRIALS
-        ).mean
+        mean = self._evaluate(query, gallery)
         ranks = {f"R{k}": float(mean.cmc[k - 1]) for k in _RANKS}
         return {**ranks, "mAP": float(mean.mAP), "mINP": float(mean.mINP)}
+
+    def _evaluate(self, query: Embeddings, gallery: Embeddings) -> RankMetrics:
+        if self._recipe.dataset == "regdb":
+            return evaluate_regdb(query, gallery, direction="ir_to_vis").mean
+        if self._recipe.dataset == "llcm":
+            return evaluate_llcm(query, gallery, trials=_TRIALS, direction="ir_to_vis").mean
+        return evaluate_sysu(
+            query, gallery, self._permutations, mode="all", shots=1, trials=_TRIALS
+        ).mean
 
     def verdict(self, evaluations: list[dict[str, Any]], epoch: int, step: int) -> dict[str, Any]:
         """best.json: the best evaluated epoch, or the last one, and how it was chosen.
@@ -160,8 +182,7 @@ class Judge:
             where = f"{self._recipe.data.validation} training identities held out for validation"
         chosen = (
             f"highest R1, then mAP, then the later epoch, of {len(evaluations)} evaluated; "
-            "infrared queries, visible gallery, all-search, single-shot, "
-            f"{_TRIALS} galleries; on {where}"
+            f"infrared queries, visible gallery, {_PROTOCOLS[self._recipe.dataset]}; on {where}"
         )
         return {**best, "chosen": chosen, "evaluations": evaluations}
 
