@@ -52,7 +52,9 @@ def small(num_ids: int = 4, **options: object) -> AlignGAN:
     return AlignGAN(num_ids, chosen, backbone=NormedConv())
 
 
-def paired_batch(ids: int = 4, k: int = 2, size: tuple[int, int] = (64, 64), seed: int = 3) -> Batch:
+def paired_batch(
+    ids: int = 4, k: int = 2, size: tuple[int, int] = (64, 64), seed: int = 3
+) -> Batch:
     """Random images in [-1, 1]: [visible | infrared], identity-major."""
     generator = torch.Generator().manual_seed(seed)
     images = 2 * torch.rand(2 * ids * k, 3, *size, generator=generator) - 1
