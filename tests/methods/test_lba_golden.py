@@ -31,6 +31,14 @@ TERMS = {  # golden name -> ours
     "dt3": "dense3",
     "dt4": "dense4",
 }
+# Each room with both weightings and both dtypes; Triton's interpreter is slow, so not crosswise.
+CASES = [
+    (variant, dtype, room)
+    for room in ("reference", *OPS["dense_alignment"].backends)
+    for variant in WEIGHTINGS
+    for dtype in DTYPES
+    if room != "triton" or (variant == "official") == (dtype == torch.float32)
+]
 
 
 def close(actual: Any, expected: Any, dtype: torch.dtype, *, gradient: bool = False) -> None:
@@ -122,9 +130,7 @@ def run_golden(variant: str, dtype: torch.dtype, *, paired: bool = True, **optio
     close(features, expected, dtype)
 
 
-@pytest.mark.parametrize("room", ("reference", *OPS["dense_alignment"].backends))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", list(WEIGHTINGS))
+@pytest.mark.parametrize(("variant", "dtype", "room"), CASES, ids=str)
 def test_two_training_steps(variant: str, dtype: torch.dtype, room: str) -> None:
     with backend(room):
         run_golden(variant, dtype)
