@@ -273,7 +273,7 @@ def test_full_maps_pool_to_the_mean_and_overlap_everywhere() -> None:
 def test_row_order_does_not_matter() -> None:
     batch = small_batch()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
-    mixed = Batch(*(tensor[order] for tensor in batch))
+    mixed = Batch(*(tensor[order] for tensor in batch[:4]))
     one, two = losses_of(small().double(), batch), losses_of(small().double(), mixed)
     assert one == pytest.approx(two, rel=1e-10)
 

@@ -1,50 +1,24 @@
 """The official LbA checkpoint in and out: the state dict `net` inside the released files.
 
-The official network holds three whole ResNets and uses a part of each: the stems of the first two,
-the trunk of the third. The rest is in the file but never in a forward.
-
 Spec: lba 2 (official checkpoint).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from fastreid_vi.backbone import Depth
-from fastreid_vi.methods.base import OfficialKeyError
+from fastreid_vi.backbone import depth_of
 from fastreid_vi.methods.lba.model import LbA
 from fastreid_vi.methods.lba.recipe import LbAOptions
+from fastreid_vi.methods.official import agw_names as official_names
+from fastreid_vi.methods.official import agw_state, renamed
 
-# Prefix of each ResNet, our prefix for the entries of its stem and of its layers (None: unused).
-RESNETS: Final = (
-    ("visible_module.visible.", "backbone.visible_stem.", None),
-    ("thermal_module.thermal.", "backbone.infrared_stem.", None),
-    ("base_resnet.base.", None, "backbone."),
-)
-_STEM: Final = re.compile(r"(conv1|bn1)\.")
+__all__ = ["from_official", "official_names", "to_official"]
 
-
-def official_names(state: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Every entry of the official state dict, and the entry of `state` that it takes.
-
-    Args:
-        state: state dict of an `LbA`.
-    Returns:
-        Official names in the order of the official modules; None for entries that nothing uses.
-    """
-    stem = [n.removeprefix("backbone.visible_stem.") for n in state if ".visible_stem." in n]
-    trunk = [n.removeprefix("backbone.") for n in state if n.startswith("backbone.layer")]
-    names: dict[str, str | None] = {}
-    for prefix, stem_prefix, trunk_prefix in RESNETS:
-        for entries, ours in ((stem, stem_prefix), (trunk, trunk_prefix)):
-            names.update({prefix + n: None if ours is None else ours + n for n in entries})
-    names.update({n: n for n in state if not n.startswith("backbone.")})
-    return names
+_TRUNK = "base_resnet.base."
 
 
 def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -59,19 +33,7 @@ def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
         ValueError: a shape does not fit.
     """
     wanted = _network(state).state_dict()
-    names = official_names(wanted)
-    missing = [name for name, ours in names.items() if ours is not None and name not in state]
-    unknown = [name for name in state if name not in names]
-    if missing or unknown:
-        raise OfficialKeyError(missing, unknown, "LbA checkpoint")
-    theirs = {ours: name for name, ours in names.items() if ours is not None}
-    for name, tensor in wanted.items():
-        found = state[theirs[name]]
-        if found.shape != tensor.shape:
-            expected, got = list(tensor.shape), list(found.shape)
-            raise ValueError(f"{theirs[name]}: expected shape {expected}, got {got}")
-    ours = {name: state[theirs[name]] for name in wanted}
-    return ours, [name for name in state if names[name] is None]
+    return renamed(state, wanted, official_names(wanted), "LbA checkpoint")
 
 
 def to_official(
@@ -90,49 +52,15 @@ def to_official(
         OfficialKeyError: `state` is not of such a network, or `base` lacks an entry.
         ValueError: a shape does not fit.
     """
-    names = official_names(state)
-    result: dict[str, Tensor] = {}
-    absent: list[str] = []
-    for name, ours in names.items():
-        source = _stand_in(name) if ours is None else ours
-        if ours is None and base is not None:
-            given = base.get(name, base.get(_torchvision(name)))
-            if given is None and name.endswith("num_batches_tracked"):  # none in files before 2018
-                given = torch.zeros((), dtype=torch.int64)
-            if given is None:
-                absent.append(name)
-                continue
-            if given.shape != state[source].shape:
-                expected, got = list(state[source].shape), list(given.shape)
-                raise ValueError(f"base: {name}: expected shape {expected}, got {got}")
-            result[name] = given
-        elif source in state:
-            result[name] = state[source]
-    if absent:
-        raise OfficialKeyError(absent, (), "base")
+    result = agw_state(state, base)
     from_official(result)
     return result
 
 
-def _torchvision(name: str) -> str:
-    """The name without the ResNet that it belongs to."""
-    for prefix, _, _ in RESNETS:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _stand_in(name: str) -> str:
-    """Our entry of the same shape as an unused official one."""
-    rest = _torchvision(name)
-    return ("backbone.visible_stem." if _STEM.match(rest) else "backbone.") + rest
-
-
 def _network(state: Mapping[str, Tensor]) -> LbA:
     """The network that an official state dict seems to belong to, without storage."""
-    trunk = [name for name in state if name.startswith("base_resnet.base.layer")]
-    depth: Depth = 50
-    if trunk and not any(".conv3." in name for name in trunk):
-        depth = 34 if any(".layer3.5." in name for name in trunk) else 18
-    num_ids = len(state["classifier.weight"]) if "classifier.weight" in state else 1
+    trunk = (name.removeprefix(_TRUNK) for name in state if name.startswith(_TRUNK))
+    classes = state.get("classifier.weight")
+    num_ids = max(len(classes), 1) if classes is not None and classes.dim() else 1
     with torch.device("meta"):
-        return LbA(num_ids, LbAOptions(depth=depth, weights="none"))
+        return LbA(num_ids, LbAOptions(depth=depth_of(trunk), weights="none"))
