@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -117,47 +117,60 @@ def _other_rows(labels: Tensor) -> Tensor:
     return after.gather(1, first)[:, 0]
 
 
-class Fakes:
-    """What the generators' phase leaves for the discriminators' phases of the same iteration.
+class Fakes(NamedTuple):
+    """What the generators' phase leaves for the discriminators' phases of the same iteration."""
 
-    Detached, and no part of the state: a checkpoint falls between iterations.
+    visible: Tensor  # [m, 3, H, W] infrared images made visible
+    infrared: Tensor  # [n, 3, H, W] visible images made infrared
+    real_map: Tensor  # [m, C, h, w] encoder's map of the infrared images
+    fake_map: Tensor  # [n, C, h, w] of `infrared`
+
+
+class FakesInWaiting:
+    """Keeps fakes, detached, until both discriminators have seen them.
+
+    Several batches may be under way (gradient accumulation). No part of the state: a checkpoint
+    falls between iterations.
     """
 
-    visible: Tensor
-    infrared: Tensor
-    real_map: Tensor
-    fake_map: Tensor
-
     def __init__(self) -> None:
-        self._pending: set[str] = set()
+        self._kept: dict[tuple[int, int], tuple[Tensor, Fakes, set[str]]] = {}
+        self._taken = False
 
-    def put(
-        self, joint: bool, visible: Tensor, infrared: Tensor, real_map: Tensor, fake_map: Tensor
-    ) -> None:
-        """Keep the fakes of an iteration of stage C (`joint`) or B."""
-        self.clear()
-        self.visible, self.infrared = visible.detach(), infrared.detach()
-        self._pending = {"d_rgb_warmup", "d_ir_warmup"}
-        if joint:
-            self.real_map, self.fake_map = real_map.detach(), fake_map.detach()
-            self._pending = {"d_rgb", "d_ir"}
+    def put(self, images: Tensor, fakes: Fakes, phases: Iterable[str]) -> None:
+        """Keep the fakes of a batch for the phases that will ask."""
+        if self._taken:  # another iteration: nobody comes for what an interrupted one has left
+            self.clear()
+        # The images are kept as well: while they live, nothing else is stored in their place.
+        detached = Fakes(*(tensor.detach() for tensor in fakes))
+        self._kept[_place(images)] = images, detached, set(phases)
 
-    def take(self, phase: str, parts: Halves) -> Fakes:
-        """Hand the fakes to a discriminator's phase, once.
+    def take(self, images: Tensor, phase: str) -> Fakes:
+        """Hand the fakes of a batch to a discriminator's phase, once.
 
         Raises:
-            RuntimeError: the generators' phase did not come before, or with another batch.
+            RuntimeError: the generators' phase did not come before, with this batch.
         """
         generators = "generators_warmup" if phase.endswith("_warmup") else "generators"
-        if phase not in self._pending or self.visible.shape != parts.infrared.shape:
+        place = _place(images)
+        kept = self._kept.get(place)
+        if kept is None or phase not in kept[2]:
             raise RuntimeError(
                 f"phase {phase!r}: expected the phase {generators!r} on the same batch before it"
             )
-        self._pending.discard(phase)
-        return self
+        _, fakes, pending = kept
+        self._taken = True
+        pending.discard(phase)
+        if not pending:
+            del self._kept[place]
+        return fakes
 
     def clear(self) -> None:
-        """Forget them."""
-        self._pending.clear()
-        for name in ("visible", "infrared", "real_map", "fake_map"):
-            self.__dict__.pop(name, None)
+        """Forget all."""
+        self._kept.clear()
+        self._taken = False
+
+
+def _place(images: Tensor) -> tuple[int, int]:
+    """Where the images are stored: the same for all slices of the same rows."""
+    return images.untyped_storage()._cdata, int(images.storage_offset())

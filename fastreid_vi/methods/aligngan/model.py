@@ -17,7 +17,14 @@ from fastreid_vi import ops
 from fastreid_vi.backbone import Trunk, TwoStreamResNet
 from fastreid_vi.config import VISIBLE, Batch
 from fastreid_vi.methods.aligngan import losses
-from fastreid_vi.methods.aligngan.batches import Fakes, Halves, halves, next_persons, pixel_rows
+from fastreid_vi.methods.aligngan.batches import (
+    Fakes,
+    FakesInWaiting,
+    Halves,
+    halves,
+    next_persons,
+    pixel_rows,
+)
 from fastreid_vi.methods.aligngan.discriminator import Discriminator, JointDiscriminator
 from fastreid_vi.methods.aligngan.embedder import Embedded, Embedder
 from fastreid_vi.methods.aligngan.generator import Generator
@@ -90,7 +97,7 @@ class AlignGAN(Method):
         channels = self.embed_dim = backbone.out_channels
         self.infrared_discriminator = JointDiscriminator(channels, options.conv_dim)
         self.embedder = Embedder(num_ids, channels, options.embedding, options.dropout)
-        self._stage, self._fakes = 0, Fakes()
+        self._stage, self._fakes = 0, FakesInWaiting()
         self.begin_epoch(1)
 
     # What the training loop asks.
@@ -177,8 +184,11 @@ class AlignGAN(Method):
         if phase == "feature":
             return self._feature_step(parts)
         if phase.startswith("generators"):
-            return self._generators_step(parts, joint=phase == "generators")
-        fakes = self._fakes.take(phase, parts)
+            joint = phase == "generators"
+            found, fakes = self._generators_step(parts, joint=joint)
+            self._fakes.put(batch.images, fakes, STAGES[2 if joint else 1][-2:])
+            return found
+        fakes = self._fakes.take(batch.images, phase)
         if phase == "d_ir":
             return self._joint_step(parts, fakes)
         real, fake = parts.infrared, fakes.infrared
@@ -198,8 +208,8 @@ class AlignGAN(Method):
         scores = self.infrared_discriminator(parts.infrared, fake_map)
         return losses.feature_losses(fake, real, scores, self.options)
 
-    def _generators_step(self, parts: Halves, *, joint: bool) -> Losses:
-        """B, C2: both generators; the fakes are kept for the discriminators."""
+    def _generators_step(self, parts: Halves, *, joint: bool) -> tuple[Losses, Fakes]:
+        """B, C2: both generators; their fakes, for the discriminators."""
         to_infrared, to_visible = self.visible_to_infrared, self.infrared_to_visible
         # Running statistics see first the other modality, then fakes, then the own one (A3).
         fake_infrared = self.translate(to_infrared, parts.visible)
@@ -221,18 +231,11 @@ class AlignGAN(Method):
         else:
             visible_scores = self.visible_warmup_discriminator(fake_visible)
             infrared_scores = self.infrared_warmup_discriminator(fake_infrared)
-        self._fakes.put(joint, fake_visible, fake_infrared, real_map, fake_map)
-        return losses.generator_losses(
-            Translation(
-                visible_scores, cycle_infrared, mapped_visible, parts.infrared, parts.visible
-            ),
-            Translation(
-                infrared_scores, cycle_visible, mapped_infrared, parts.visible, parts.infrared
-            ),
-            fake,
-            real,
-            self.options,
-        )
+        x_v, x_i = parts.visible, parts.infrared
+        visible = Translation(visible_scores, cycle_infrared, mapped_visible, x_i, x_v)
+        infrared = Translation(infrared_scores, cycle_visible, mapped_infrared, x_v, x_i)
+        found = losses.generator_losses(visible, infrared, fake, real, self.options)
+        return found, Fakes(fake_visible, fake_infrared, real_map, fake_map)
 
     def _joint_step(self, parts: Halves, fakes: Fakes) -> Losses:
         """C2, joint discriminator: one real pairing and up to four fake ones, in one pass."""
