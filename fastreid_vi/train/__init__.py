@@ -2,8 +2,15 @@
 
 from fastreid_vi.train.checkpoint import load_weights
 from fastreid_vi.train.embed import embed_all, load_embeddings, save_embeddings
-from fastreid_vi.train.errors import CheckpointError, Interrupted, TrainError
-from fastreid_vi.train.loop import TrainResult, train
+from fastreid_vi.train.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteLoss,
+    StoppedElsewhere,
+    TrainError,
+)
+from fastreid_vi.train.keeper import TrainResult
+from fastreid_vi.train.loop import train
 from fastreid_vi.train.record import RunRecord, read_run
 from fastreid_vi.train.state import seed_everything
 from fastreid_vi.train.step import choose_device
@@ -12,7 +19,9 @@ from fastreid_vi.train.validate import TrainingSplit, training_split
 __all__ = [
     "CheckpointError",
     "Interrupted",
+    "NonFiniteLoss",
     "RunRecord",
+    "StoppedElsewhere",
     "TrainError",
     "TrainResult",
     "TrainingSplit",

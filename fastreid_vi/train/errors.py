@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The batches of a step, and the terms they gave."""
+
+    step: int
+    epoch: int
+    first: int
+    """Number of its first batch in the epoch, from 0."""
+    count: int
+    terms: dict[str, float]
 
 
 class TrainError(RuntimeError):
     """Training cannot start or go on; the message is one line that says why."""
 
     exit_code = 1
+
+
+class NonFiniteLoss(TrainError):
+    """A loss or gradient is NaN or infinite."""
+
+    def __init__(self, message: str, origin: Origin | None = None) -> None:
+        super().__init__(message)
+        self.origin = origin
+
+
+class StoppedElsewhere(TrainError):
+    """Another process of this run failed and says why; this one cannot go on without it."""
 
 
 class CheckpointError(TrainError):

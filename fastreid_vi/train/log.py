@@ -3,6 +3,7 @@
 metrics.jsonl holds one JSON object per line, told apart by `kind`:
 
     step   epoch, step, lr, terms (means since the last step record), images_per_second
+           lr is that of the first phase's player; `lrs` holds all where there are several players
     epoch  epoch, step, lr, terms (means over the epoch), images_per_second, seconds
     eval   epoch, step, split, metrics (R1, R5, R10, R20, mAP, mINP as fractions)
 """
@@ -101,7 +102,9 @@ class Board:
         if self._writer is None:
             return
         group = record["split"] if record["kind"] == "eval" else record["kind"]
-        more = {name: record[name] for name in ("lr", "images_per_second") if name in record}
+        shown = ("lr", "images_per_second")
+        more: dict[str, float] = {name: record[name] for name in shown if name in record}
+        more |= {f"lr/{player}": lr for player, lr in record.get("lrs", {}).items()}
         values = {**(record.get("metrics") or record["terms"]), **more}
         try:
             for name, value in values.items():
@@ -238,6 +241,26 @@ class RunLog:
         self.screen.close()
         self._board.close()
         self._metrics.close()
+
+
+class Mute:
+    """A log that keeps and says nothing: of processes beside the first."""
+
+    def __init__(self) -> None:
+        self.screen: Screen = Silent()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def flush(self) -> int:
+        """Nothing is written."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+Log = RunLog | Mute
 
 
 def sentence(record: dict[str, Any]) -> str:

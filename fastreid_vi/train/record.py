@@ -46,7 +46,7 @@ class RunRecord:
         return self.recipe.run.seed
 
 
-def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def surroundings(device: torch.device, dtype: torch.dtype, processes: int = 1) -> dict[str, str]:
     """Everything outside the recipe that the bits of a result depend on."""
     cuda = device.type == "cuda"
     return {
@@ -58,6 +58,7 @@ def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "cuda": str(torch.version.cuda) if cuda else "",
         "precision": str(dtype).removeprefix("torch."),
         "threads": "" if cuda else str(torch.get_num_threads()),
+        "processes": str(processes),
     }
 
 
@@ -188,7 +189,8 @@ def expect_same(old: RunRecord, new: RunRecord, run_dir: Path) -> list[str]:
                 f"{run_dir}: cannot resume with another {name}: the run has {before.get(name)!r}, "
                 f"this recipe {after.get(name)!r}"
             )
-    changed = {n: v for n, v in new.versions.items() if old.versions.get(n) != v}
+    one = {"processes": "1"}  # not written by earlier versions
+    changed = {n: v for n, v in new.versions.items() if {**one, **old.versions}.get(n) != v}
     return [
         f"resumed with {name} = {value!r}, before {old.versions.get(name)!r}: "
         "the last bits may differ"

@@ -39,6 +39,7 @@ class Progress:
 
     epoch: int = 1  # 1-based, the epoch of the next batch
     step: int = 0  # steps done since the start
+    skipped: int = 0  # of them left out because they were not finite
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to these steps
     window: Means = field(default_factory=Means)  # since the last step record
     whole: Means = field(default_factory=Means)  # since the epoch began
@@ -64,6 +65,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def stream_seed(seed: int, rank: int) -> int:
+    """Seed of what process `rank` draws while training; process 0 draws as a single one would."""
+    return seed if rank == 0 else (seed + rank * 0x9E3779B97F4A7C15) % 2**63
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -1,21 +1,29 @@
-"""One training step: every phase forward, backward and update, in the precision asked for."""
+"""One training step: every phase forward, backward and update, in the precision asked for.
+
+A step is one move of every active phase's optimiser. It takes one batch, or with
+`RunConfig.accumulate` a group of consecutive batches whose gradients are averaged; the last group
+of an epoch may be smaller.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from fastreid_vi._checks import NonFiniteError
 from fastreid_vi.config import Batch, OptimConfig, Precision
-from fastreid_vi.methods.base import Losses, Method
-from fastreid_vi.train.errors import TrainError
-from fastreid_vi.train.optim import build_optimizer, phase_parameters, set_lr
+from fastreid_vi.methods.base import Method
+from fastreid_vi.train.errors import NonFiniteLoss, TrainError
+from fastreid_vi.train.nonfinite import Undo, all_finite
+from fastreid_vi.train.players import Phase, phases_of, players_of, set_rates
+
+if TYPE_CHECKING:
+    from fastreid_vi.train.distributed import Team
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,100 +102,143 @@ def move(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
 
 
 class Stepper:
-    """Owns the optimisers of a method's phases and the loss scaler.
+    """Owns a method's players and makes its steps.
 
     Args:
         method: moved to `device` in place.
-        config: the optimiser, the same for every phase.
+        config: the optimiser, the same for every player or one by player.
         device: where the step runs.
         precision: as in `RunConfig`.
         channels_last: memory format of the network and its images.
+        compiled: compile the backbone.
+        skip_nonfinite: take a step back whose loss or gradient is not finite.
+        team: the other processes of the run, if there are any.
     """
 
     def __init__(
         self,
         method: Method,
-        config: OptimConfig,
+        config: OptimConfig | Mapping[str, OptimConfig],
         device: torch.device,
         *,
         precision: Precision = "auto",
         channels_last: bool = True,
+        compiled: bool = False,
+        skip_nonfinite: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.method, self.device, self.channels_last = method, device, channels_last
         self.dtype = compute_dtype(precision, device)
-        self._clip = config.clip_norm
+        self._skip, self._team = skip_nonfinite, team
         method.to(device)
         if channels_last:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        named = {phase: phase_parameters(method, phase) for phase in method.phases}
-        self._parameters = {phase: [p for _, p in pairs] for phase, pairs in named.items()}
-        self.optimizers = {
-            phase: build_optimizer(pairs, config, fused=True) for phase, pairs in named.items()
-        }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.phases = phases_of(method)
+        self.players = players_of(
+            method, self.phases.values(), config, device, scaled=self.dtype == torch.float16
+        )
+        if compiled:
+            method.compile_backbone()
 
-    def set_lr(self, lr: float) -> None:
-        """Base rate of every optimiser."""
-        for optimizer in self.optimizers.values():
-            set_lr(optimizer, lr)
+    def set_lr(self, lr: float | Mapping[str, float]) -> None:
+        """Base rate of every player, or of each by its name."""
+        set_rates(self.players, lr)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Run all phases on one batch.
+    def __call__(self, *batches: Batch) -> dict[str, Tensor]:
+        """Run all active phases on a group of batches.
 
         Returns:
-            Detached scalars on the device: terms and `total`, after "phase/" if there are several.
+            Detached scalars on the device, means over the group and over processes: terms and
+            `total`, after "phase/" if the method has several.
         Raises:
-            TrainError: the embeddings hold NaN or infinity and a loss cannot rank them.
+            NonFiniteLoss: the embeddings hold NaN or infinity and a loss cannot rank them.
+            SkippedStep: with `skip_nonfinite`; everything is as it was before the step.
         """
-        batch = move(batch, self.device, self.channels_last)
-        several = len(self.optimizers) > 1
+        group = [move(batch, self.device, self.channels_last) for batch in batches]
+        active = [self.phases[name] for name in self.method.active_phases]
+        undo = None
+        if self._skip:
+            undo = Undo(self.method, self.players if len(active) > 1 else {})
         terms: dict[str, Tensor] = {}
-        for phase, optimizer in self.optimizers.items():
-            self.method.zero_grad(set_to_none=True)
-            with autocast(self.device, self.dtype):
-                losses = self._losses(batch, phase)
-            torch.autograd.backward(self.scaler.scale(losses.total))
-            if self._clip:
-                self.scaler.unscale_(optimizer)
-                clip_grad_norm_(self._parameters[phase], self._clip)
-            self._update(optimizer)
-            prefix = f"{phase}/" if several else ""
-            named = {**losses.terms, "total": losses.total}
-            terms.update({prefix + name: value.detach() for name, value in named.items()})
+        for phase in active:
+            new, finite = self._run(phase, group)
+            prefix = f"{phase.name}/" if len(self.phases) > 1 else ""
+            terms.update({prefix + name: value for name, value in new.items()})
+            if undo is not None and not finite:
+                undo()
+                self.method.zero_grad(set_to_none=True)
+                raise SkippedStep({name: float(value) for name, value in terms.items()})
         return terms
 
-    def _losses(self, batch: Batch, phase: str) -> Losses:
-        try:
-            losses: Losses = self.method(batch, phase)
-        except NonFiniteError as error:  # a loss that ranks cannot go on with NaN
-            raise TrainError(f"loss is not finite: {error}") from error
-        return losses
+    def _run(self, phase: Phase, group: Sequence[Batch]) -> tuple[dict[str, Tensor], bool]:
+        """Terms of a phase, and False instead of an update where they are not finite (skipping)."""
+        player = self.players[phase.player]
+        self.method.zero_grad(set_to_none=True)
+        with phase.alone():
+            try:
+                terms = _mean([self._backward(phase, batch, len(group)) for batch in group])
+            except NonFiniteError as error:  # a loss that ranks cannot go on with NaN
+                if not self._skip:
+                    raise NonFiniteLoss(f"loss is not finite: {error}") from error
+                terms = None
+        if self._skip and self._anywhere(terms is None):
+            return {"total": torch.tensor(torch.nan)}, False
+        assert terms is not None
+        if self._team is not None:
+            self._team.average_gradients(phase.parameters)
+            terms = self._team.mean(terms)
+        if self._skip and not self._good(terms, phase, scaled=player.scaler.is_enabled()):
+            return terms, False
+        if player.step(phase.parameters):
+            self.method.after_step()
+        return terms, True
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.scaler.is_enabled():
-            optimizer.step()
-            self.method.after_step()
-            return
-        before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        if (
-            self.scaler.get_scale() >= before
-        ):  # it falls when the gradient overflowed and the step was skipped
-            self.method.after_step()
+    def _backward(self, phase: Phase, batch: Batch, share: int) -> dict[str, Tensor]:
+        with autocast(self.device, self.dtype):
+            losses = self.method(self.method.phase_batch(batch, phase.name), phase.name)
+        total = losses.total if share == 1 else losses.total / share
+        self.players[phase.player].backward(total)
+        named = {**losses.terms, "total": losses.total}
+        return {name: value.detach() for name, value in named.items()}
+
+    def _anywhere(self, flag: bool) -> bool:
+        return flag if self._team is None else self._team.any(flag)
+
+    def _good(self, terms: dict[str, Tensor], phase: Phase, *, scaled: bool) -> bool:
+        # Scaled gradients may overflow: that is the scaler's business.
+        grads = [] if scaled else [p.grad for p in phase.parameters if p.grad is not None]
+        return bool(all_finite([*terms.values(), *grads]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimisers and scaler, for a checkpoint."""
-        optimizers = {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()}
-        return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
+        """Optimisers and scalers by player, for a checkpoint."""
+        states = {name: player.state_dict() for name, player in self.players.items()}
+        return {
+            "optimizers": {name: state["optimizer"] for name, state in states.items()},
+            "scalers": {name: state["scaler"] for name, state in states.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`.
 
         Raises:
-            KeyError, ValueError: other phases or parameters.
+            KeyError, ValueError: other players or parameters.
         """
-        for phase, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][phase])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        for name, player in self.players.items():
+            player.optimizer.load_state_dict(state["optimizers"][name])
+            if state["scalers"][name]:
+                player.scaler.load_state_dict(state["scalers"][name])
+
+
+class SkippedStep(Exception):
+    """A step that was taken back; no error, for the caller asked to go on."""
+
+    def __init__(self, terms: dict[str, float]) -> None:
+        super().__init__("the step was not finite")
+        self.terms = terms
+
+
+def _mean(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Terms of a group of batches, averaged."""
+    if len(rows) == 1:
+        return rows[0]
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}

@@ -26,9 +26,13 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)
 
     def _remember(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signum is None:
+            # The loader's handler would raise in the middle of a step when the signal, sent to the
+            # whole process group, also ends the loader's processes.
+            self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.signum = signum

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastreid_vi.train.errors import TrainError
+from fastreid_vi.train.errors import NonFiniteLoss, Origin
+from fastreid_vi.train.nonfinite import sentence
 from fastreid_vi.train.state import Means
 
 
@@ -24,11 +26,11 @@ class Terms:
         self.last: float | None = None
         """The newest total that was read."""
         self._window, self._whole = window, whole
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._pending: list[tuple[Origin, dict[str, Tensor]]] = []
 
-    def add(self, step: int, terms: dict[str, Tensor]) -> None:
+    def add(self, origin: Origin, terms: dict[str, Tensor]) -> None:
         """Keep one step's terms; on the CPU, where nothing runs ahead, read them at once."""
-        self._pending.append((step, terms))
+        self._pending.append((origin, terms))
         if next(iter(terms.values())).device.type == "cpu":
             self.read()
 
@@ -36,29 +38,20 @@ class Terms:
         """Fetch what is pending.
 
         Raises:
-            TrainError: a term is not finite; the message names the step and its terms.
+            NonFiniteLoss: a term is not finite; the message names the step and its terms.
         """
         pending, self._pending = self._pending, []
         if not pending:
             return
         flat = torch.stack([term.double() for _, terms in pending for term in terms.values()])
         values = iter(flat.tolist())
-        for step, terms in pending:
+        for origin, terms in pending:
             row = {name: next(values) for name in terms}
             if not all(map(math.isfinite, row.values())):
-                raise TrainError(_not_finite(step, row))
+                raise NonFiniteLoss(sentence(origin.step, row), replace(origin, terms=row))
             self._window.add(row)
             self._whole.add(row)
             self.last = next(value for name, value in row.items() if name.endswith("total"))
-
-
-def _not_finite(step: int, row: dict[str, float]) -> str:
-    wrong = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
-    others = [f"{name} {value:.4g}" for name, value in row.items() if math.isfinite(value)]
-    return (
-        f"loss is not finite at step {step}: {', '.join(wrong)}; "
-        f"other terms: {', '.join(others) or 'none'}"
-    )
 
 
 class Clock:

@@ -55,7 +55,7 @@ def test_precision_on_the_cpu(precision: Any, dtype: torch.dtype) -> None:
     terms = step(batch())
     assert compute_dtype(precision, CPU) == method.dtype == dtype
     assert terms["total"].dtype == torch.float32
-    assert step.scaler.is_enabled() == (precision == "fp16")
+    assert step.players["main"].scaler.is_enabled() == (precision == "fp16")
     assert not any(term.requires_grad for term in terms.values())
 
 
@@ -82,11 +82,11 @@ def test_an_overflow_skips_the_step_and_its_hook() -> None:
 
     method = Overflowing(3)
     step = stepper(method, precision="fp16")
-    scale = step.scaler.get_scale()
+    scale = step.players["main"].scaler.get_scale()
     before = method.classifier.weight.detach().clone()
     method.factor = 1e36  # times the loss scale, beyond float32
     step(batch())
-    assert step.scaler.get_scale() == scale / 2
+    assert step.players["main"].scaler.get_scale() == scale / 2
     assert torch.equal(method.classifier.weight, before)
     assert int(method.steps) == 0
     method.factor = 1.0
@@ -95,7 +95,7 @@ def test_an_overflow_skips_the_step_and_its_hook() -> None:
     assert int(method.steps) == 1
     copy = stepper(Overflowing(3), precision="fp16")
     copy.load_state_dict(step.state_dict())
-    assert copy.scaler.get_scale() == scale / 2
+    assert copy.players["main"].scaler.get_scale() == scale / 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
