@@ -13,12 +13,14 @@ from fastreid_vi.version import __version__
 
 PROGRAM = "fastreid-vi"
 
+LAYOUTS = ["sysu", "regdb", "llcm"]
+
 EVAL_ON = (
     "identities that choose the best epoch: held-out training ones, or those of the test, which "
     "makes the table look better than it is"
 )
 
-IMAGES = "fewest and most images of a person in a camera (2 14)"
+IMAGES = "fewest and most images of a person in a camera (2 14; regdb 10 10, llcm 2 5)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,14 +61,14 @@ def _verb(verbs: Any, name: str, about: str, **options: Any) -> argparse.Argumen
 def _add_synth(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("root", type=Path, metavar="DIR", help="folder to create")
-    add("--layout", choices=["sysu"], default="sysu", help="SYSU-MM01's folders and files")
-    add("--train-ids", type=_count, default=60, metavar="N", help="training identities (60)")
-    add("--val-ids", type=_count, default=12, metavar="N", help="identities of the val list (12)")
-    add("--test-ids", type=_count, default=30, metavar="N", help="test identities (30)")
+    add("--layout", choices=LAYOUTS, default="sysu", help="whose folders and files (sysu)")
+    add("--train-ids", type=_count, metavar="N", help="training identities (60; regdb 30)")
+    add("--val-ids", type=_count, metavar="N", help="identities of the val list, sysu only (12)")
+    add("--test-ids", type=_count, metavar="N", help="test identities (30)")
     add("--seed", type=int, default=0, help="same seed, same files (0)")
     add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
     add("--width", type=_count, default=64, metavar="PX", help="image width (64)")
-    add("--images", type=_count, nargs=2, default=(2, 14), metavar=("MIN", "MAX"), help=IMAGES)
+    add("--images", type=_count, nargs=2, metavar=("MIN", "MAX"), help=IMAGES)
     add(
         "--train-images",
         type=_count,
@@ -80,7 +82,8 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("root", type=Path, metavar="DIR", help="data set in SYSU-MM01's layout")
+    add("root", type=Path, metavar="DIR", help="data set laid out as SYSU-MM01, RegDB or LLCM")
+    add("--layout", choices=["auto", *LAYOUTS], default="auto", help="whose (auto: by the folders)")
     add(
         "--against",
         choices=["auto", "official", "itself"],

@@ -72,13 +72,13 @@ def data_synth(args: argparse.Namespace, console: Console) -> int:
             seed=args.seed,
             height=args.height,
             width=args.width,
-            images=tuple(args.images),
+            images=tuple(args.images) if args.images else None,
             train_images=tuple(args.train_images) if args.train_images else None,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=show,
         )
-    images = sum(1 for _ in args.root.rglob("*.jpg"))
+    images = sum(path.suffix in (".bmp", ".jpg") for path in args.root.rglob("*"))
     console.say(f"{args.root}: {images} images, seed {args.seed}")
     console.say(f"next: {PROGRAM} data check {args.root}")
     console.result({"root": str(args.root), "images": images, "seed": args.seed})
@@ -87,13 +87,17 @@ def data_synth(args: argparse.Namespace, console: Console) -> int:
 
 def data_check(args: argparse.Namespace, console: Console) -> int:
     """Hold a folder against the known counts."""
-    from fastreid_vi.data import check_sysu
+    from fastreid_vi.data.check import check
 
     with console.progress("reading") as show:
-        report = check_sysu(
-            args.root, against=args.against, decode=not args.no_decode, progress=show
+        report = check(
+            args.root,
+            layout=args.layout,
+            against=args.against,
+            decode=not args.no_decode,
+            progress=show,
         )
-    header = ["images", *(f"cam{cam}" for cam in range(1, 7)), "identities"]
+    header = ["images", *report.columns, "identities"]
     rows = [
         [split, *map(str, report.images[split]), str(report.identities[split])]
         for split in report.images

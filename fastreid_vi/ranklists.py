@@ -101,8 +101,9 @@ def rank_list_section(
     note = (
         f"Sort order: ascending cosine distance, ties by gallery index; the {top} nearest. "
         f"Gallery: {searched}{_RULES[first.protocol]}. "
-        "Green frame and ✓: the same person; red frame and ✗: another. VIS is a visible, IR an infrared image. Queries are the best, median and worst "
-        f"by average precision (mean over the runs shown), ties drawn with seed {seed}."
+        "Green frame and ✓: the same person; red frame and ✗: another. VIS "
+        "is a visible, IR an infrared image. Queries are the best, median and worst by average "
+        f"precision (mean over the runs shown), ties drawn with seed {seed}."
     )
     return Section("Rank lists", note, "".join(body))
 

@@ -15,11 +15,18 @@ from fastreid_vi.data.sampler import IdentityRandom, PairedIdentity, make_sample
 
 if TYPE_CHECKING:
     from fastreid_vi.data.check import SysuReport, check_sysu
+    from fastreid_vi.data.findings import Finding, Report
+    from fastreid_vi.data.llcm_check import check_llcm
     from fastreid_vi.data.loader import eval_loader, train_loader
+    from fastreid_vi.data.regdb_check import check_regdb
     from fastreid_vi.data.synthetic import synthesize
 
 _LAZY = {
+    "Finding": "findings",
+    "Report": "findings",
     "SysuReport": "check",
+    "check_llcm": "llcm_check",
+    "check_regdb": "regdb_check",
     "check_sysu": "check",
     "eval_loader": "loader",
     "synthesize": "synthetic",
@@ -29,14 +36,18 @@ _LAZY = {
 __all__ = [
     "LLCM",
     "DataError",
+    "Finding",
     "IdentityRandom",
     "ImageList",
     "Index",
     "PairedIdentity",
     "Permutations",
     "RegDB",
+    "Report",
     "SysuMM01",
     "SysuReport",
+    "check_llcm",
+    "check_regdb",
     "check_sysu",
     "eval_loader",
     "images_in",

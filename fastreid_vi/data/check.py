@@ -1,23 +1,30 @@
-"""The verdict of `fastreid-vi data check`: a folder held against the known counts, or itself."""
+"""The verdict of `fastreid-vi data check`: SYSU-MM01 held against the known counts, or itself."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from fastreid_vi.config import INFRARED, VISIBLE
+from fastreid_vi.config import INFRARED, VISIBLE, DatasetName
 from fastreid_vi.data.datasets import SPLITS, image_list_of, read_ids, read_splits, scan
+from fastreid_vi.data.findings import (
+    Against,
+    Finding,
+    Progress,
+    Report,
+    broken_images,
+    finding,
+    opened,
+)
 from fastreid_vi.data.images import DataError, ImageList
+from fastreid_vi.data.llcm_check import check_llcm
 from fastreid_vi.data.permutations import CAMERAS, Permutations
-
-Progress = Callable[[int, int], None]
+from fastreid_vi.data.regdb_check import check_regdb
 
 # Recounted from the published permutation file; spec datasets 1.2. Cameras 1 to 6.
 OFFICIAL_IMAGES = {
@@ -35,55 +42,56 @@ OFFICIAL_IDENTITIES = {"train": 296, "val": 99, "test": 96}
 OFFICIAL_LISTS = {"train": 2339672211, "val": 3637585448, "test": 266589111}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong."""
-
-    where: str
-    """The offender: a file or folder inside the data set."""
-    problem: str
-    """What is wrong with it, without its name."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
+SysuReport = Report
 
 
-@dataclass(frozen=True)
-class SysuReport:
-    """What `check_sysu` saw. Tuples over cameras 1 to 6."""
+def check(
+    root: str | os.PathLike[str],
+    *,
+    layout: Literal["auto", "sysu", "regdb", "llcm"] = "auto",
+    against: Against = "auto",
+    decode: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Hold a folder against what it should contain.
 
-    root: str
-    official: bool
-    """Judged against the counts of the real data set, not only against itself."""
-    identities: dict[str, int]
-    """Identities per split, from the lists."""
-    images: dict[str, tuple[int, ...]]
-    """Images per split and camera."""
-    pids: dict[str, tuple[int, ...]]
-    """Identities per split and camera."""
-    decoded: int
-    """Images read in full; 0 when decoding was turned off."""
-    findings: tuple[Finding, ...]
-    """In the order found; the first is the first offender."""
+    Args:
+        root: the data set.
+        layout: how it is laid out; "auto" looks at its folders.
+        against, decode, threads, progress: as for `check_sysu`.
+    Raises:
+        DataError: `root` is not a folder. Everything else is a finding of the report.
+    """
+    if layout not in ("auto", "sysu", "regdb", "llcm"):
+        raise ValueError(f'layout: expected "auto", "sysu", "regdb" or "llcm", got {layout!r}')
+    chosen = layout_of(Path(root)) if layout == "auto" else layout
+    of_layout = {"sysu": check_sysu, "regdb": check_regdb, "llcm": check_llcm}[chosen]
+    return of_layout(root, against=against, decode=decode, threads=threads, progress=progress)
 
-    @property
-    def ok(self) -> bool:
-        """Nothing is wrong."""
-        return not self.findings
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, with `ok`."""
-        return {"ok": self.ok, **asdict(self)}
+def layout_of(root: Path) -> DatasetName:
+    """The layout that most folders speak for; SYSU-MM01's where none does."""
+    folders: dict[DatasetName, tuple[str, ...]] = {
+        "sysu": ("exp", *(f"cam{cam}" for cam in CAMERAS)),
+        "regdb": ("Visible", "Thermal"),
+        "llcm": ("vis", "nir", "test_vis", "test_nir"),
+    }
+    share = {
+        layout: sum((root / name).is_dir() for name in names) / len(names)
+        for layout, names in folders.items()
+    }
+    return max(share, key=lambda layout: share[layout])
 
 
 def check_sysu(
     root: str | os.PathLike[str],
     *,
-    against: Literal["auto", "official", "itself"] = "auto",
+    against: Against = "auto",
     decode: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> SysuReport:
+) -> Report:
     """Hold a folder with the SYSU-MM01 layout against what it should contain.
 
     Args:
@@ -98,11 +106,7 @@ def check_sysu(
         DataError: `root` is not a folder. Everything else is a finding of the report.
     Spec: datasets 1. Golden: eval/sysu_real_counts.
     """
-    if against not in ("auto", "official", "itself"):
-        raise ValueError(f'against: expected "auto", "official" or "itself", got {against!r}')
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+    folder = opened(root, against)
     findings: list[Finding] = []
     present = [cam for cam in CAMERAS if (folder / f"cam{cam}").is_dir()]
     findings += [
@@ -122,9 +126,10 @@ def check_sysu(
     if decode:
         broken = broken_images(images, threads=threads, progress=progress)
         decoded = len(images) - len(broken)
-        findings += [_finding(folder, problem) for i, problem in sorted(broken.items())]
-    return SysuReport(
+        findings += [finding(folder, problem) for _, problem in sorted(broken.items())]
+    return Report(
         root=str(folder),
+        layout="sysu",
         official=official,
         identities={split: len(ids.get(split, ())) for split in SPLITS},
         images=counts,
@@ -134,39 +139,18 @@ def check_sysu(
     )
 
 
-def broken_images(
-    images: ImageList, *, threads: int | None = None, progress: Progress | None = None
-) -> dict[int, str]:
-    """Read every image; position -> one line that names the file and what is wrong with it."""
-    from fastreid_vi.data.transform import verify_image
-
-    broken: dict[int, str] = {}
-    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
-    try:
-        results = pool.map(verify_image, (images.file(i) for i in range(len(images))))
-        for index, problem in enumerate(results):
-            if problem is not None:
-                broken[index] = problem
-            if progress is not None:
-                progress(index + 1, len(images))
-    finally:
-        # An interrupted check must not first read the images still queued.
-        pool.shutdown(cancel_futures=True)
-    return broken
-
-
 def _lists(root: Path, findings: list[Finding]) -> dict[str, list[int]]:
     ids: dict[str, list[int]] = {}
     for split in SPLITS:
         try:
             ids[split] = read_ids(root / "exp" / f"{split}_id.txt")
         except DataError as error:
-            findings.append(_finding(root, error))
+            findings.append(finding(root, error))
     if len(ids) == len(SPLITS):
         try:
             read_splits(root)
         except DataError as error:
-            findings.append(_finding(root, error))
+            findings.append(finding(root, error))
     for split, pids in ids.items():
         twin = root / "exp" / f"{split}_id.mat"
         if twin.is_file() and (problem := _twin_problem(twin, pids)):
@@ -196,7 +180,7 @@ def _index(
             records += scan(root, wanted, [cam])
             scanned.append(cam)
         except DataError as error:
-            findings.append(_finding(root, error))
+            findings.append(finding(root, error))
     return image_list_of(root, records, {}), scanned
 
 
@@ -213,11 +197,11 @@ def _disagreements(
     try:
         permutations = Permutations.from_mat(file)
     except DataError as error:
-        yield _finding(root, error)
+        yield finding(root, error)
         return
     pids = [pid for split in (SPLITS if every_split else ("test",)) for pid in ids.get(split, ())]
     for problem in permutations.disagreements(images, pids, cams):
-        yield _finding(root, problem)
+        yield finding(root, problem)
 
 
 def _missing_modalities(images: ImageList, ids: dict[str, list[int]]) -> Iterator[Finding]:
@@ -267,12 +251,6 @@ def _against_official(
             for cam, got, expected in zip(CAMERAS, found[split], known[split], strict=True):
                 if got != expected:
                     yield Finding(f"cam{cam}", f"{got} {what} of {split}, expected {expected}")
-
-
-def _finding(root: Path, problem: str | DataError) -> Finding:
-    """Messages begin with the path they are about, mostly in full."""
-    where, _, text = str(problem).removeprefix(f"{root}/").partition(": ")
-    return Finding(where, text)
 
 
 def _crc(pids: Sequence[int]) -> int:

@@ -68,7 +68,7 @@ class Index:
         """Forget these gallery images, which cannot be read, in whatever else names them."""
 
     def _leave_out_broken(self) -> None:
-        from fastreid_vi.data.check import broken_images
+        from fastreid_vi.data.findings import broken_images
 
         broken: dict[str, str] = {}
         for name in ("train", "query", "gallery"):

@@ -22,7 +22,7 @@ class Line(NamedTuple):
     number: int
     """In the file, from 1, blank lines counted."""
     path: str
-    """Below the root: folder of the modality, folder of the person, file."""
+    """Below the root; the folder is that of the person."""
     pid: int
     label: int
 
@@ -53,13 +53,14 @@ def require_folders(root: Path, folders: Sequence[str], inner: str) -> None:
             raise DataError(f"{root}: folder {folder} is missing{hint}")
 
 
-def read_list(root: Path, name: str, folder: str) -> list[Line]:
+def read_list(root: Path, name: str, folder: str, *, cameras: bool = False) -> list[Line]:
     """The lines of `idx/<name>.txt`; blank ones are skipped.
 
     Args:
         root: the data set.
         name: of the list.
         folder: first folder of every path in it, such as "Visible".
+        cameras: the folders of persons are in folders of cameras.
     Raises:
         DataError: a missing or empty file, a line that is not a path and a label, an image that is
             listed twice or does not exist; the message names the first such line.
@@ -74,7 +75,7 @@ def read_list(root: Path, name: str, folder: str) -> list[Line]:
     for number, words in enumerate(text.split("\n"), 1):
         if not words.strip():
             continue
-        line = _line(words.strip(), number, folder, file)
+        line = _line(words.strip(), number, folder, cameras, file)
         if line.path in first:
             raise DataError(
                 f"{file}: line {number}: {line.path} was on line {first[line.path]} already"
@@ -89,15 +90,17 @@ def read_list(root: Path, name: str, folder: str) -> list[Line]:
     return lines
 
 
-def _line(text: str, number: int, folder: str, file: Path) -> Line:
+def _line(text: str, number: int, folder: str, cameras: bool, file: Path) -> Line:
     path, _, label = text.rpartition(" ")
     path = path.rstrip()
     if not path or not _NUMBER.fullmatch(label):
         raise DataError(f"{file}: line {number}: expected a path and a label, got {text!r}")
     parts = path.split("/")
-    if len(parts) != 3 or parts[0] != folder or not _NUMBER.fullmatch(parts[1]):
-        raise DataError(f"{file}: line {number}: expected {folder}/<pid>/<image>, got {path!r}")
-    return Line(number, path, int(parts[1]), int(label))
+    pattern = [folder, r"cam[0-9]", "[0-9]+", ".+"] if cameras else [folder, "[0-9]+", ".+"]
+    if not re.fullmatch("/".join(pattern), path) or len(parts) != len(pattern):
+        form = f"{folder}/cam<k>/<pid>/<image>" if cameras else f"{folder}/<pid>/<image>"
+        raise DataError(f"{file}: line {number}: expected {form}, got {path!r}")
+    return Line(number, path, int(parts[-2]), int(label))
 
 
 def missing_images(root: Path, lines: Iterable[Line]) -> list[Line]:

@@ -1,71 +1,72 @@
-"""A stand-in for SYSU-MM01: its tree, lists and permutations, with drawn pedestrians in real JPEGs.
+"""A stand-in for SYSU-MM01, RegDB or LLCM: tree, lists and drawn pedestrians in real image files.
 
 Nobody needs a licence form to try the package, and every released loader accepts the tree. Who
-exists is drawn in `drawing.roster`, what they look like in `drawing.pedestrian`, the pictures are
-taken in `drawing.scene`.
+exists and what the lists say is drawn in `layouts`, what people look like in `drawing.pedestrian`,
+the pictures are taken in `drawing.scene`.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import logging
+import math
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
-import numpy as np
-from PIL import Image
-
-from fastreid_vi.data.drawing.camera import CAMERAS, draw_walk
-from fastreid_vi.data.drawing.pedestrian import draw_person
-from fastreid_vi.data.drawing.roster import Entry, Range, draw_roster
-from fastreid_vi.data.drawing.scene import photograph
+from fastreid_vi.config import DatasetName
+from fastreid_vi.data.drawing.roster import Range
 from fastreid_vi.data.images import DataError
-from fastreid_vi.data.permutations import TRIALS, Permutations, folder_name, save_mat
+from fastreid_vi.data.layouts import LAYOUTS
+from fastreid_vi.data.pictures import Progress, write_pictures
+from fastreid_vi.data.regdb import TRIALS
 
-Progress = Callable[[int, int], None]
+RECORD = "synthetic.json"  # beside the lists: says that the folder is ours, and how it was made
 
-RECORD = "synthetic.json"  # in exp/: says that the folder is ours, and how it was made
+_log = logging.getLogger("fastreid_vi.data")
 
 
 def synthesize(
     root: str | os.PathLike[str],
     *,
-    layout: Literal["sysu"] = "sysu",
-    train_ids: int = 60,
-    val_ids: int = 12,
-    test_ids: int = 30,
+    layout: DatasetName = "sysu",
+    train_ids: int | None = None,
+    val_ids: int | None = None,
+    test_ids: int | None = None,
     seed: int = 0,
     height: int = 128,
     width: int = 64,
-    images: Range = (2, 14),
+    images: Range | None = None,
     train_images: Range | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw a stand-in data set in the layout of SYSU-MM01.
+    """Draw a stand-in data set in the layout of SYSU-MM01, RegDB or LLCM.
 
     Equal arguments give equal files, whatever the number of workers. The folder appears whole or
-    not at all. With 24 test identities or more, every presence pattern of the real set occurs and
-    the indoor gallery holds the 20 identities that the released evaluation code requires.
+    not at all. The released evaluation code reads rank 20: it needs 20 test identities, and for
+    SYSU-MM01 24, with which every presence pattern of the real set occurs and the indoor gallery
+    holds 20 of them.
 
     Args:
         root: folder to create; must be absent or empty unless `overwrite`.
-        layout: only "sysu" so far.
-        train_ids: identities in train_id.txt, >= 1.
-        val_ids: identities in val_id.txt, >= 1, seen by cameras 3, 4, 5 only; the field trains on
-            train + val.
-        test_ids: identities in test_id.txt, >= 1.
+        layout: "sysu"; "regdb": BMP files, ten trials that split the same persons differently;
+            "llcm": nine visible and eight infrared cameras, two to four of each for a person.
+        train_ids: identities trained on, >= 1; by default 60 (RegDB 30, in every trial).
+        val_ids: SYSU-MM01: identities in val_id.txt, >= 1, seen by cameras 3, 4, 5 only; by default
+            12; the field trains on train + val. The other layouts have no such list.
+        test_ids: identities tested, >= 1; by default 30 (RegDB in every trial).
         seed: other seeds give other people, places and pids.
         height: of the files, pixels.
         width: of the files, pixels.
-        images: fewest and most pictures of a person in a camera.
-        train_images: the same for persons of train and val, where it differs.
+        images: fewest and most pictures of a person in a camera; by default 2 and 14, RegDB 10 and
+            10, LLCM 2 and 5.
+        train_images: the same for persons of train and val, where it differs; not for RegDB, whose
+            persons are both.
         workers: processes; None takes one for each CPU core, 1 draws in this process.
         overwrite: replace an earlier stand-in; any other folder is refused.
         progress: called with (pictures written, pictures in all).
@@ -76,24 +77,28 @@ def synthesize(
         DataError: `root` is not empty, cannot be written, or the disk is full.
     Spec: datasets 6.
     """
-    counts = {"train": train_ids, "val": val_ids, "test": test_ids}
-    ranges = {"train": train_images or images, "val": train_images or images, "test": images}
+    if layout not in get_args(DatasetName):
+        raise ValueError(f"layout: expected one of {get_args(DatasetName)}, got {layout!r}")
+    plan = LAYOUTS[layout]
+    asked = {"train": train_ids, "val": val_ids, "test": test_ids}
+    counts = {s: plan.ids[s] if count is None else count for s, count in asked.items()}
+    tested = images or plan.images
+    ranges = {"train": train_images or tested, "val": train_images or tested, "test": tested}
     _check(layout, counts, ranges, height, width, seed, workers)
     target = Path(root)
-    made = {"layout": layout, "seed": seed, "height": height, "width": width}
+    made: dict[str, object] = {"layout": layout, "seed": seed, "height": height, "width": width}
     made |= {f"{split}_ids": count for split, count in counts.items()}
-    made |= {"images": list(images), "train_images": list(ranges["train"])}
+    made |= {"images": list(tested), "train_images": list(ranges["train"])}
     place = target.absolute()
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         _check_target(target, overwrite)
         place.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        rng = np.random.default_rng([seed, 0])
-        roster = draw_roster(counts, ranges, rng)
-        _write_lists(partial / "exp", roster, rng)
-        (partial / "exp" / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="ascii")
-        _write_pictures(partial, roster, seed, (height, width), workers, progress)
+        sittings = plan.plan(partial, counts, ranges, seed)
+        record = partial / plan.lists / RECORD
+        record.write_text(json.dumps(made, indent=1) + "\n", encoding="ascii")
+        write_pictures(partial, sittings, seed, (height, width), workers, progress)
         _move(partial, place)
     except OSError as error:
         why = error.strerror or error
@@ -103,6 +108,11 @@ def synthesize(
         raise DataError(f"{target}: {why}, perhaps for its memory; nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if layout == "llcm" and "cam" in str(target):
+        _log.warning(
+            "%s: the released LLCM code looks for 'cam' in the whole path and fails below this "
+            "folder; this package does not", target,
+        )  # fmt: skip
     return target
 
 
@@ -129,16 +139,26 @@ def _check(
     seed: int,
     workers: int | None,
 ) -> None:
-    if layout != "sysu":
-        raise ValueError(f"layout: expected 'sysu', got {layout!r}")
     for split, count in counts.items():
-        if count < 1:
+        if split == "val" and layout != "sysu":
+            if count:
+                raise ValueError(f"val_ids: layout {layout!r} has no val list, got {count}")
+        elif count < 1:
             raise ValueError(f"{split}_ids: expected >= 1, got {count}")
     if sum(counts.values()) > 7000:
         raise ValueError(f"identities: expected <= 7000 in all, got {sum(counts.values())}")
     for name, (low, high) in (("images", ranges["test"]), ("train_images", ranges["train"])):
         if not 1 <= low <= high <= 9999:
             raise ValueError(f"{name}: expected 1 <= fewest <= most <= 9999, got {(low, high)}")
+    if layout == "regdb":
+        if ranges["train"] != ranges["test"]:
+            raise ValueError("train_images: RegDB trains and tests on the same persons' pictures")
+        splits = math.comb(counts["train"] + counts["test"], counts["train"])
+        if splits < TRIALS:
+            raise ValueError(
+                f"train_ids, test_ids: expected enough for {TRIALS} different splits, "
+                f"got {counts['train']} and {counts['test']}, which allow {splits}"
+            )
     if min(height, width) < 16:
         raise ValueError(f"height, width: expected >= 16 pixels, got {height} x {width}")
     if seed < 0:
@@ -154,83 +174,6 @@ def _check_target(root: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DataError(f"{root}: is not empty; name another folder, or ask to overwrite it")
-    if not (root / "exp" / RECORD).is_file():
+    if not any((root / plan.lists / RECORD).is_file() for plan in LAYOUTS.values()):
         # A real data set costs a licence form and hours: never delete one.
-        raise DataError(f"{root}: was not made by synth (no exp/{RECORD}) and is not overwritten")
-
-
-def _write_lists(exp: Path, roster: Sequence[Entry], rng: np.random.Generator) -> None:
-    """The identity lists and the gallery permutations."""
-    exp.mkdir()
-    ids = {s: [e.pid for e in roster if e.split == s] for s in ("train", "val", "test")}
-    for split, pids in ids.items():
-        save_mat(exp / f"{split}_id.mat", {"id": np.array([pids], np.uint16)})
-    ids["available"] = sorted(pid for pids in ids.values() for pid in pids)
-    for name, pids in ids.items():
-        (exp / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n", encoding="ascii")
-    orders = {
-        (cam, entry.pid): np.stack([rng.permutation(count) + 1 for _ in range(TRIALS)])
-        for entry in roster
-        for cam, count in entry.images.items()
-    }
-    Permutations(orders).to_mat(exp / "rand_perm_cam.mat")
-
-
-def _write_pictures(
-    folder: Path,
-    roster: Sequence[Entry],
-    seed: int,
-    size: tuple[int, int],
-    workers: int | None,
-    progress: Progress | None,
-) -> None:
-    total = sum(sum(entry.images.values()) for entry in roster)
-    done = 0
-    if progress is not None:
-        progress(0, total)
-    for count in _finished(folder, roster, seed, size, workers):
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-
-def _finished(
-    folder: Path, roster: Sequence[Entry], seed: int, size: tuple[int, int], workers: int | None
-) -> Iterator[int]:
-    """Pictures written, person by person, in the order they are done."""
-    processes = min(workers or len(os.sched_getaffinity(0)), len(roster))
-    if processes < 2:
-        for entry in roster:
-            yield _write_person(str(folder), entry, seed, *size)
-        return
-    # Spawned, not forked: the caller may run threads, for a progress bar or in OpenMP.
-    # Ctrl-C reaches them too; only this process speaks.
-    pool = ProcessPoolExecutor(
-        processes,
-        multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        jobs = [pool.submit(_write_person, str(folder), entry, seed, *size) for entry in roster]
-        for job in as_completed(jobs):
-            yield job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_person(folder: str, entry: Entry, seed: int, height: int, width: int) -> int:
-    """Write every picture of one person and count them; the process does not matter."""
-    person = draw_person(np.random.default_rng([seed, 1, entry.pid]))
-    for cam, count in entry.images.items():
-        rng = np.random.default_rng([seed, 2, entry.pid, cam])
-        place = Path(folder, folder_name(cam, entry.pid))
-        place.mkdir(parents=True)
-        # One or two passes, so that a folder shows more than one side.
-        second = int(rng.integers(1, count)) if count > 2 and rng.random() < 0.6 else count
-        for k in range(count):
-            if k in (0, second):
-                walk = draw_walk(rng, CAMERAS[cam])
-            pixels = photograph(person, cam, walk, k, rng, seed=seed, height=height, width=width)
-            Image.fromarray(pixels).save(place / f"{k + 1:04d}.jpg", quality=92, subsampling=0)
-    return sum(entry.images.values())
+        raise DataError(f"{root}: was not made by synth (no {RECORD}) and is not overwritten")

@@ -213,7 +213,7 @@ class TestBadInput:
             ("width", 0),
             ("seed", -1),
             ("workers", 0),
-            ("layout", "regdb"),
+            ("layout", "market"),
         ],
     )
     def test_arguments_are_named(self, tmp_path: Path, name: str, value: object) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastreid_vi.data.drawing.fabric import Rng
 
@@ -67,6 +68,14 @@ def _train_cameras(count: int, rng: Rng) -> list[Cameras]:
     return chosen
 
 
+def draw_pids(count: int, rng: Rng) -> NDArray[np.int64]:
+    """Ascending pids with gaps, and never a pid 1: code that takes pids for positions must fail."""
+    pids = np.sort(rng.choice(np.arange(2, 4 + count * 5 // 4), count, replace=False))
+    if pids[-1] == count + 1:  # a few persons may come out without a gap
+        pids[-1] += 1
+    return pids
+
+
 def draw_roster(
     counts: Mapping[str, int], images: Mapping[str, Range], rng: Rng
 ) -> tuple[Entry, ...]:
@@ -81,8 +90,7 @@ def draw_roster(
     train, val, test = counts["train"], counts["val"], counts["test"]
     outside = max(1, round(0.04 * (train + val + test)))
     total = train + val + test + outside
-    # Gaps, and never a pid 1: code that takes pids for positions must fail.
-    pids = np.sort(rng.choice(np.arange(2, 4 + total * 5 // 4), total, replace=False))
+    pids = draw_pids(total, rng)
     others = rng.permutation(["train"] * train + ["test"] * test + ["outside"] * outside)
     # As in the real lists, val is one block inside the range of train.
     before = (total - val) * 5 // 8

@@ -8,12 +8,9 @@ import math
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from fastreid_vi.data.drawing.backdrop import PLACES, obstacle, plate
+from fastreid_vi.data.drawing.backdrop import obstacle, plate
 from fastreid_vi.data.drawing.body import tubes
 from fastreid_vi.data.drawing.camera import (
-    CAMERAS,
-    INDOOR_CAMERAS,
-    INFRARED_CAMERAS,
     Camera,
     Pixels,
     Walk,
@@ -24,6 +21,7 @@ from fastreid_vi.data.drawing.fabric import Rng
 from fastreid_vi.data.drawing.figure import Floats, View, render
 from fastreid_vi.data.drawing.pedestrian import Person, draw_person
 from fastreid_vi.data.drawing.shade import Light, illuminate
+from fastreid_vi.data.drawing.site import SYSU_SITES, Site
 from fastreid_vi.data.drawing.skeleton import Moment
 
 _PASSERS_BY = 16  # other people of a place
@@ -34,7 +32,7 @@ _CARELESS = 0.03  # share of badly cut boxes
 
 def photograph(
     person: Person,
-    number: int,
+    number: int | Site,
     walk: Walk,
     frame: int,
     rng: Rng,
@@ -47,7 +45,7 @@ def photograph(
 
     Args:
         person: who walks by.
-        number: camera, 1 to 6.
+        number: camera of SYSU-MM01, 1 to 6, or any other.
         walk: the pass this frame belongs to.
         frame: position in the pass.
         rng: everything that differs from frame to frame.
@@ -57,12 +55,13 @@ def photograph(
     Returns:
         uint8 [height, width, 3]; equal channels for infrared cameras.
     """
-    camera, infrared = CAMERAS[number], number in INFRARED_CAMERAS
+    site = SYSU_SITES[number] if isinstance(number, int) else number
+    camera, infrared = site.camera, site.infrared
     fine = 3 if height < 100 else 2  # supersampling
     h, w = height * fine, width * fine
     light = draw_light(rng, camera, walk)
     brightness = 0.5 + 0.4 * (light.lamp if infrared else walk.sun)
-    canvas = _backdrop(seed, number, walk, frame, rng, h, w) * np.float32(brightness)
+    canvas = _backdrop(seed, site, walk, frame, rng, h, w) * np.float32(brightness)
     if rng.random() < _COMPANY:
         canvas = _passer_by(canvas, seed, camera, walk, light, rng, infrared=infrared)
     moment = Moment(
@@ -73,25 +72,24 @@ def photograph(
     view = _box(person, camera, walk, rng, h, w)
     _draw(canvas, person, moment, view, light, walk, infrared=infrared, shadow=0.5)
     if rng.random() < _OBSTACLE:
-        thing, cover = obstacle(rng, infrared, number in INDOOR_CAMERAS, h, w)
+        thing, cover = obstacle(rng, infrared, site.indoor, h, w)
         canvas += (0.8 * thing - canvas) * cover
     small = canvas.reshape(height, fine, width, fine, 3).mean((1, 3))
     return develop(small, camera, walk, rng, infrared=infrared)
 
 
-@functools.lru_cache(maxsize=8)
-def _plate(seed: int, number: int, height: int, width: int) -> Floats:
-    place = PLACES[number]
+@functools.lru_cache(maxsize=20)  # LLCM has 17 sites
+def _plate(seed: int, site: Site, height: int, width: int) -> Floats:
     # Cameras in the same place share its layout, not their colours.
-    rng = np.random.default_rng([seed, 7, list(PLACES.values()).index(place)])
-    blur = 0.012 + 0.012 * (number % 3)  # the lens is on the person, the place behind is soft
-    return plate(rng, place, number in INFRARED_CAMERAS, height, width, blur)
+    rng = np.random.default_rng([seed, 7, site.layout])
+    # The lens is on the person, the place behind is soft.
+    return plate(rng, site.place, site.infrared, height, width, site.softness)
 
 
 def _backdrop(
-    seed: int, number: int, walk: Walk, frame: int, rng: Rng, height: int, width: int
+    seed: int, site: Site, walk: Walk, frame: int, rng: Rng, height: int, width: int
 ) -> Floats:
-    whole = _plate(seed, number, int(1.12 * height), int(2.2 * height + 2 * width))
+    whole = _plate(seed, site, int(1.12 * height), int(2.2 * height + 2 * width))
     slide = (0.8 * walk.place + 0.02 * frame + rng.normal(0, 0.02)) % 1.0
     x = int(slide * (whole.shape[1] - width))
     y = int(rng.uniform(0, whole.shape[0] - height))
