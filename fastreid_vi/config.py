@@ -132,6 +132,11 @@ class DataConfig:
     """Leave unreadable images out, with a count, instead of stopping."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        for spectrum in self.visible_spectra:
+            if spectrum not in typing.get_args(Spectrum):
+                listed = ", ".join(map(repr, typing.get_args(Spectrum)))
+                raise ValueError(f"visible_spectra: expected of {listed}, got {spectrum!r}")
         _positive(
             height=self.height, width=self.width, identities=self.identities, images=self.images
         )

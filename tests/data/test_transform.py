@@ -207,6 +207,10 @@ class TestReading:
         ({"erase_area": (0.3, 0.1)}, "erase_area"),
         ({"erase_area": (0.1, 1.5)}, "erase_area"),
         ({"erase_aspect": (0.0, 3.0)}, "erase_aspect"),
+        ({"visible_spectra": ("hue", "red")}, "visible_spectra: expected of 'hue', .* got 'red'"),
+        ({"spectrum_probability": 1.5}, "spectrum_probability: expected a probability, got 1.5"),
+        ({"normalize": "unit"}, "normalize: expected one of 'imagenet', 'symmetric', got 'unit'"),
+        ({"sampler": "triplet"}, "sampler: expected one of 'paired_identity', .* got 'triplet'"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
