@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from fastreid_vi import methods
 from fastreid_vi.config import Batch
+from fastreid_vi.methods import base
 from fastreid_vi.methods.baseline import Baseline, BaselineOptions
 from fastreid_vi.methods.baseline.losses import baseline_losses
 from tests.conftest import golden
@@ -113,6 +117,22 @@ def test_a_batch_of_one_modality_is_fine() -> None:
     network, batch = build(), batch_of()
     losses = network.training_step(batch._replace(modality=torch.zeros_like(batch.modality)))
     assert bool(losses.total.isfinite())
+
+
+def test_a_paired_batch_is_split_without_waiting_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, network = batch_of(), build()
+    found = [copy.deepcopy(network)(b).total for b in (batch, batch._replace(paired=1))]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    monkeypatch.setattr(base, "_values_are_read", lambda tensor: False)  # as on CUDA
+    with FakeTensorMode():
+        network = build()
+        labels, modality, cams = torch.empty(3, 8, dtype=torch.int64)
+        fake = Batch(torch.empty(8, 3, 64, 32), labels, modality, cams, paired=1)
+        network(fake).total.backward()
+        with pytest.raises(DataDependentOutputException):  # rows in any order have to be looked at
+            network(fake._replace(paired=0))
 
 
 def test_one_step_moves_every_trainable_parameter() -> None:

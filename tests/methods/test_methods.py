@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import subprocess
@@ -120,6 +121,19 @@ def test_mpanet_regdb_is_the_published_recipe() -> None:
     assert regdb.schedule == dataclasses.replace(sysu.schedule, milestones=(110,))
     assert regdb.optim == sysu.optim
     assert regdb.model == dataclasses.replace(sysu.model, normalize_test=False)
+
+
+def test_llcm_recipes_are_of_our_making() -> None:
+    mpanet, baseline = (methods.recipe(name, "llcm") for name in ("mpanet", "baseline"))
+    sysu = methods.recipe("mpanet", "sysu")
+    data = dataclasses.replace(sysu.data, width=144)
+    assert mpanet == dataclasses.replace(sysu, dataset="llcm", data=data)
+    sysu = methods.recipe("baseline", "sysu")
+    data = dataclasses.replace(sysu.data, height=384, width=144, identities=6)
+    assert baseline == dataclasses.replace(sysu, dataset="llcm", data=data)
+    for module, function in (methods.RECIPES[key] for key in methods.RECIPES if "llcm" in key):
+        text = getattr(importlib.import_module(module), function).__doc__ or ""
+        assert "official" in text or "published" in text, module
 
 
 def test_baseline_sysu_is_the_published_recipe() -> None:

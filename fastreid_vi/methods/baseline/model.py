@@ -58,9 +58,12 @@ class Baseline(Method):
         nn.init.normal_(self.classifier.weight, 0.0, 0.001)
 
     def training_step(self, batch: Batch, phase: str = "main") -> Losses:
-        """Identity and triplet loss of one batch, rows in any order."""
+        """Identity and triplet loss of one batch, rows in any order.
+
+        In a `paired` batch separate stems take a half each, without waiting for the device.
+        """
         self.check_batch(batch, phase)
-        embeddings = self._pooled(batch.images, batch.modality)
+        embeddings = self._pooled(batch.images, batch.modality, paired=bool(batch.paired))
         logits = self.classifier(self.bottleneck(embeddings))
         return baseline_losses(embeddings, logits, batch.labels, self.options)
 
@@ -71,5 +74,8 @@ class Baseline(Method):
             features = self.bottleneck(features)
         return F.normalize(features) if self.options.normalize_test else features
 
-    def _pooled(self, images: Tensor, modality: Tensor) -> Tensor:
-        return widened(self.pool(self.backbone(images, modality)))
+    def _pooled(self, images: Tensor, modality: Tensor, *, paired: bool = False) -> Tensor:
+        halves: dict[str, int] = {}
+        if paired and isinstance(self.backbone, TwoStreamResNet):
+            halves["visible"] = images.shape[0] // 2
+        return widened(self.pool(self.backbone(images, modality, **halves)))
