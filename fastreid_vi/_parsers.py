@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_eval(_verb(verbs, "eval", "print a run's table under the official protocol"))
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
+    _add_certify(_verb(verbs, "certify", "hold every op and method against the golden vectors"))
     _add_convert(_verb(verbs, "convert", "turn official checkpoints into ours and back"))
     _verb(verbs, "doctor", "say what is built, what runs where, and why not")
     return parser
@@ -156,6 +157,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--step", type=_number, metavar="N", help="AlignGAN: step of its files (the newest)")
     add("--recipe", metavar="R", help="run.json or recipe name the shapes must fit (the method's)")
     add("--overwrite", action="store_true", help="replace OUT")
+
+
+def _add_certify(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--golden", type=Path, metavar="DIR", help="golden vectors (tests/golden of a checkout)")
+    add("--out", type=Path, metavar="FILE", help="JSON to write")
+    add("--only", nargs="+", metavar="NAME", help="ops, methods or parts of their names")
+    add("--backend", nargs="+", metavar="B", help="rooms to try (all that are built)")
+    add("--device", metavar="D", help="cpu or cuda (both where there is a GPU)")
 
 
 def _number(text: str) -> int:

@@ -224,6 +224,26 @@ def convert(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
+def certify(args: argparse.Namespace, console: Console) -> int:
+    """Hold every op and method against the golden vectors."""
+    from fastreid_vi import _certify
+
+    with console.progress("certifying") as show:
+        result = _certify.run(
+            golden=args.golden,
+            only=args.only or (),
+            backends=args.backend or (),
+            device=args.device,
+            out=args.out,
+            progress=show,
+        )
+    console.say(_certify.text(result))
+    if args.out is not None:
+        console.say(f"kept in {args.out}")
+    console.result(result)
+    return OK if result["ok"] else FAILED
+
+
 def doctor(args: argparse.Namespace, console: Console) -> int:
     """Say what is built, what runs where, and why not."""
     from fastreid_vi import _doctor
@@ -288,6 +308,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "certify": certify,
     "convert": convert,
     "doctor": doctor,
 }
