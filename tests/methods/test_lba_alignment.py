@@ -11,6 +11,7 @@ from torch import Tensor
 from fastreid_vi.methods.lba import LbAOptions
 from fastreid_vi.methods.lba.alignment import aligned_with
 from fastreid_vi.methods.lba.pairing import Arrangement, Pairs, draw_pairs
+from tests.conftest import golden
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -24,6 +25,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"renorm_comask": False, "dist_eps": 0.01, "weighting": "batch", "dt_margin": 0.1},
     {"renorm_comask": False, "temperature": 5.0},
     {"temperature": 5.0, "dt_margin": 1.0},
+    {"zero_guard": False},
+    {"zero_guard": False, "weighting": "batch", "dist_eps": 0.0, "temperature": 5.0},
+    {"zero_guard": False, "renorm_comask": False, "dt_reduction": "sum"},
 ]
 
 
@@ -88,6 +92,45 @@ def test_values_and_gradients_are_the_definition(options: dict[str, Any]) -> Non
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize(("variant", "weighting"), [("official", "batch"), ("paper", "sample")])
+def test_golden_edge(variant: str, weighting: Any, guard: bool) -> None:
+    """L11: what reaches an all-zero key is divided by 1e-12 in the released code only."""
+    arrays = golden("lba/cmalign_edge")
+    leaf = torch.from_numpy(arrays["feat"]).double().requires_grad_()
+    pairs = Pairs(*(torch.from_numpy(arrays[f"{kind}_idx"]) for kind in ("pos", "neg")))
+    options = LbAOptions(weighting=weighting, zero_guard=guard)
+    _, loss, comask = aligned_with(leaf, pairs, options)
+    loss.backward()
+    assert leaf.grad is not None
+    assert float(loss.detach()) == pytest.approx(float(arrays[f"loss_{variant}"]), rel=1e-9)
+    torch.testing.assert_close(comask, torch.from_numpy(arrays["comask"]), rtol=1e-9, atol=1e-12)
+    row, y, x = arrays["zero_pixel"].tolist()
+    largest = leaf.grad.abs().amax(1)
+    zero = float(arrays[f"grad_absmax_per_pixel_{variant}"][row, y, x])
+    if guard:
+        assert float(largest[row, y, x]) < 1e-9 * zero
+    else:
+        assert float(largest[row, y, x]) == pytest.approx(zero, rel=1e-6)
+    leaf.grad[row, :, y, x] = 0
+    others = torch.from_numpy(arrays[f"grad_feat_without_zero_pixel_{variant}"]).double()
+    assert float((leaf.grad - others).abs().max()) <= 1e-6 * float(others.abs().max())
+
+
+def test_the_guard_keeps_a_bad_match_from_exploding() -> None:
+    features, pairs, _ = inputs()
+    features[3, :, 2, 1] = 0
+    largest = []
+    for guard in (True, False):
+        leaf = features.clone().requires_grad_()
+        options = LbAOptions(zero_guard=guard, temperature=1.0)
+        aligned_with(leaf, pairs, options).loss.backward()
+        assert leaf.grad is not None
+        largest.append(float(leaf.grad.abs().max()))
+    assert largest[0] < 1.0
+    assert largest[1] > 1e6
+
+
 @pytest.mark.parametrize("renorm", [True, False])
 def test_identical_partners_leave_the_margin(renorm: bool) -> None:
     features, pairs, _ = inputs()
@@ -110,10 +153,11 @@ def test_row_order_does_not_matter(weighting: Any, renorm: bool) -> None:
     torch.testing.assert_close(two.aligned, one.aligned[order])
 
 
+@pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("renorm", [True, False])
-def test_half_precision_gives_a_float32_loss(renorm: bool) -> None:
+def test_half_precision_gives_a_float32_loss(renorm: bool, guard: bool) -> None:
     features, pairs, _ = inputs()
-    options = LbAOptions(renorm_comask=renorm)
+    options = LbAOptions(renorm_comask=renorm, zero_guard=guard)
     exact = aligned_with(features, pairs, options)
     half = aligned_with(features.bfloat16(), pairs, options)
     assert half.aligned.dtype == torch.bfloat16
