@@ -22,50 +22,10 @@ from fastreid_vi.kernels._common import (
     block,
     rows,
 )
+from fastreid_vi.kernels._norms import norms
 
-FLOOR = 1e-12  # of norms, and of the range of a mask
 LANES = 256  # positions that a row kernel holds at once
 ROWS = 32 if INTERPRETED else 2  # rows that share a program
-
-
-@triton.jit
-def _position_norms_kernel(
-    x_ptr, norm_ptr, channels, positions, stride_b, stride_c, stride_s, blocks,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """norm[b, s] over channels; one program owns BLOCK_S positions, all summed in one order."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    s = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
-    row = x_ptr + b * stride_b + s[:, None].to(tl.int64) * stride_s
-    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=ACC)
-    for first in range(0, channels, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        inside = (s[:, None] < positions) & (c[None, :] < channels)
-        x = tl.load(row + c[None, :].to(tl.int64) * stride_c, mask=inside, other=0.0).to(ACC)
-        total += x * x
-    norm = tl.sqrt(tl.sum(total, axis=1))
-    tl.store(norm_ptr + b * positions + s, norm, mask=s < positions)
-
-
-@triton.jit
-def _min_max_kernel(values_ptr, out_ptr, positions, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
-    """values [B, S] stretched to [0, 1]; one program owns one sample."""
-    row = tl.program_id(0).to(tl.int64) * positions
-    lane = tl.arange(0, BLOCK)
-    low = tl.full([BLOCK], float("inf"), dtype=values_ptr.dtype.element_ty)
-    high = tl.full([BLOCK], float("-inf"), dtype=values_ptr.dtype.element_ty)
-    for first in range(0, positions, BLOCK):
-        inside = first + lane < positions
-        v = tl.load(values_ptr + row + first + lane, mask=inside, other=0.0)
-        low = tl.where(inside & (v < low), v, low)
-        high = tl.where(inside & (v > high), v, high)
-    least = tl.min(low, axis=0)
-    span = tl.max(high, axis=0) - least + FLOOR
-    for first in range(0, positions, BLOCK):
-        inside = first + lane < positions
-        v = tl.load(values_ptr + row + first + lane, mask=inside, other=0.0)
-        v = (v - least) / span
-        tl.store(out_ptr + row + first + lane, v.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -104,11 +64,21 @@ def _logits(gram, keys, scale, lane, inside, FLOOR: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x >= 0 in another type, to nearest even; the interpreter would cut bfloat16 off."""
+    if INTERPRETED and KIND == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(KIND)
+
+
+@triton.jit
 def _match_kernel(
     gram_ptr, q_norm_ptr, k_norm_ptr, index_ptr, q_mask_ptr, k_mask_ptr,
     p_ptr, lse_ptr, seen_ptr, count, positions, targets,
     temperature: tl.constexpr, FLOOR: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """P from inner products, its log-sum-exp, and what the masks see; a program owns ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -137,7 +107,7 @@ def _match_kernel(
         inside = known[:, None] & (first + lanes < positions)
         z = _logits(gram, keys, scale, first + lanes, inside, FLOOR)
         share = tl.exp((z - highest[:, None]).to(ACC)) / weight[:, None]
-        share = share.to(p_ptr.dtype.element_ty)
+        share = _rounded(share, p_ptr.dtype.element_ty, INTERPRETED)
         tl.store(p + first + lanes, share, mask=inside)
         if HAS_MASK:
             at = t[:, None] * positions + first + lanes
@@ -339,25 +309,6 @@ def dense(features: Tensor) -> Rows:
     return rows(features.contiguous(memory_format=torch.channels_last))
 
 
-def norms(map: Rows) -> Tensor:
-    """Norm of every position, [B, S]."""
-    kind = accumulator(map.tensor.dtype)
-    norm = torch.empty(map.batches, map.positions, dtype=kind, device=map.tensor.device)
-    tile = {"BLOCK_S": 16, "BLOCK_C": block(map.channels, 128)}
-    blocks = triton.cdiv(map.positions, tile["BLOCK_S"])
-    _position_norms_kernel[(map.batches * blocks,)](
-        map.tensor, norm, *map[2:], blocks, ACC=accumulator_kind(kind), **tile, **OPTIONS
-    )
-    return norm
-
-
-def stretched(values: Tensor, out: Tensor) -> Tensor:
-    """Each row of `values` [B, S] stretched to [0, 1], into `out`."""
-    size = values.shape[1]
-    _min_max_kernel[(len(values),)](values, out, size, FLOOR, BLOCK=block(size, 1024), **OPTIONS)
-    return out
-
-
 def products(dtype: torch.dtype, *, exact: bool = True) -> dict[str, Any]:
     """Types of the products; `exact` where both factors have the dtype of the features.
 
@@ -374,11 +325,12 @@ def products(dtype: torch.dtype, *, exact: bool = True) -> dict[str, Any]:
     return {**types, "DOT": dot} if exact else types
 
 
-def inner(q: Rows, k: Rows, index: Tensor) -> Tensor:
+def inner(q: Rows, k: Rows, index: Tensor, out: Tensor | None = None) -> Tensor:
     """[B, S, S]: inner products of the rows of q with those of their targets."""
     size, width = q.positions, q.tensor.element_size()
-    kind = accumulator(q.tensor.dtype)
-    out = torch.empty(q.batches, size, size, dtype=kind, device=q.tensor.device)
+    if out is None:
+        kind = accumulator(q.tensor.dtype)
+        out = torch.empty(q.batches, size, size, dtype=kind, device=q.tensor.device)
     side = block(size, 64 if width < 8 else 32)
     blocks = triton.cdiv(size, side)
     _inner_kernel[(q.batches * blocks * blocks,)](

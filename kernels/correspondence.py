@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from fastreid_vi.kernels._common import (
+    INTERPRETED,
     OPTIONS,
     accumulator,
     accumulator_kind,
@@ -15,7 +16,6 @@ from fastreid_vi.kernels._common import (
     rows,
 )
 from fastreid_vi.kernels._matching import (
-    FLOOR,
     LANES,
     ROWS,
     Matched,
@@ -27,10 +27,9 @@ from fastreid_vi.kernels._matching import (
     dense,
     inner,
     meet,
-    norms,
     products,
-    stretched,
 )
+from fastreid_vi.kernels._norms import FLOOR, norms, stretched
 
 WARPS = 8  # with fewer, tiles of float32 products do not fit the registers
 
@@ -43,22 +42,35 @@ def feature_mask(features: Tensor) -> Tensor:
     return out
 
 
+def matched(
+    pair: Matched,
+    g: Tensor,
+    temperature: float,
+    masks: tuple[Tensor, Tensor] | None,
+    out: tuple[Tensor, Tensor],
+) -> Tensor:
+    """P [B, S, S] and its log-sum-exp [B, S] into `out`; what the masks see [B, S], if any."""
+    (p, lse), size = out, pair.q.positions
+    seen = torch.empty_like(lse) if masks else lse.new_empty(0)
+    q_mask, k_mask = (m.contiguous() for m in masks) if masks else (lse, lse)
+    count = pair.q.batches * size
+    _match_kernel[(triton.cdiv(count, ROWS),)](
+        g, pair.q_norm, pair.k_norm, pair.index, q_mask, k_mask,
+        p, lse, seen, count, size, pair.k.batches,
+        temperature=temperature, FLOOR=FLOOR, HAS_MASK=masks is not None,
+        ROWS=ROWS, BLOCK=block(size, LANES), ACC=accumulator_kind(lse.dtype),
+        INTERPRETED=INTERPRETED, **OPTIONS,
+    )  # fmt: skip
+    return seen
+
+
 def _probabilities(
     pair: Matched, temperature: float, masks: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P [B, S, S], its log-sum-exp [B, S], and what the masks see [B, S] (empty without masks)."""
-    q, size = pair.q, pair.q.positions
-    p = q.tensor.new_empty(q.batches, size, size)
-    lse = torch.empty_like(pair.q_norm)
-    seen = torch.empty_like(lse) if masks else lse.new_empty(0)
-    q_mask, k_mask = (m.contiguous() for m in masks) if masks else (lse, lse)
-    count = q.batches * size
-    _match_kernel[(triton.cdiv(count, ROWS),)](
-        inner(q, pair.k, pair.index), pair.q_norm, pair.k_norm, pair.index, q_mask, k_mask,
-        p, lse, seen, count, size, pair.k.batches,
-        temperature=temperature, FLOOR=FLOOR, HAS_MASK=masks is not None,
-        ROWS=ROWS, BLOCK=block(size, LANES), ACC=accumulator_kind(lse.dtype), **OPTIONS,
-    )  # fmt: skip
+    size = pair.q.positions
+    p, lse = pair.q.tensor.new_empty(pair.q.batches, size, size), torch.empty_like(pair.q_norm)
+    seen = matched(pair, inner(pair.q, pair.k, pair.index), temperature, masks, (p, lse))
     return p, lse, seen
 
 

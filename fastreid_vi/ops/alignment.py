@@ -117,7 +117,7 @@ def dense_alignment(
     True
 
     Spec: lba 3, performance 5.1. Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: cpu.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: cpu, triton.
     """
     _checks.feature_map("features", features)
     _checks.labels_of("positive", positive, features.shape[0], features.device)
@@ -340,7 +340,7 @@ _dense = register(
     verify=_verify_dense,
     setup_context=_dense_save,
     backward=_dense_gradient,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _dense_backward = register(
     "dense_alignment_backward",
@@ -349,5 +349,5 @@ _dense_backward = register(
     " float temperature, float eps) -> Tensor",
     reference=_dense_backward_reference,
     fake=lambda grad_aligned, grad_loss, features, *rest: _map_like(features),
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )

@@ -52,7 +52,7 @@ def dense_triplet_loss(
     0.3
 
     Spec: lba 3 (dense triplet). Golden: lba/cmalign_loss_a_fwd, lba/cmalign_loss_a_grad,
-    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: cpu.
+    lba/cmalign_loss_b, lba/cmalign_loss_c_signed, lba/cmalign_edge. Backends: cpu, triton.
     """
     _checks.feature_map("anchor", anchor)
     _checks.shaped_like("positive", positive, tuple(anchor.shape), anchor)
@@ -144,7 +144,7 @@ _dense_triplet = register(
     fake=_fake,
     setup_context=_save,
     backward=_gradient,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 _dense_triplet_backward = register(
     "dense_triplet_loss_backward",
@@ -152,5 +152,5 @@ _dense_triplet_backward = register(
     " -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
