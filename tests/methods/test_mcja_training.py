@@ -156,6 +156,14 @@ def test_channels_last_gives_the_same_losses() -> None:
     assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
 
 
+def test_the_backbone_compiles_in_one_piece() -> None:
+    batch, network = images_batch(), tiny()
+    twin = copy.deepcopy(network)
+    twin.backbone.compile(backend="eager", fullgraph=True)
+    assert losses_of(twin, batch) == pytest.approx(losses_of(network, batch), rel=1e-5)
+    assert set(twin.state_dict()) == set(network.state_dict())
+
+
 def test_one_step_at_the_official_size() -> None:
     torch.manual_seed(0)
     network = methods.create("mcja", 395, weights="none")
