@@ -15,6 +15,17 @@ from fastreid_vi.methods.base import Losses
 
 WARMUP = ("generators_warmup", "d_rgb_warmup", "d_ir_warmup")
 JOINT = ("feature", "generators", "d_rgb", "d_ir")
+STAGES = (("feature_warmup",), WARMUP, JOINT)
+OWN = {
+    "feature_warmup": {"backbone", "embedder"},
+    "generators_warmup": {"visible_to_infrared", "infrared_to_visible"},
+    "d_rgb_warmup": {"visible_warmup_discriminator"},
+    "d_ir_warmup": {"infrared_warmup_discriminator"},
+    "feature": {"backbone", "embedder"},
+    "generators": {"visible_to_infrared", "infrared_to_visible"},
+    "d_rgb": {"visible_discriminator"},
+    "d_ir": {"infrared_discriminator"},
+}
 
 
 class PooledConv(Trunk):
@@ -103,3 +114,28 @@ def build(config: OptimConfig, network: AlignGAN, phase: str) -> torch.optim.Opt
             groups, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
         )
     return torch.optim.Adam(groups, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def values(network: AlignGAN, batch: Batch, phase: str) -> dict[str, float]:
+    losses = network(batch, phase)
+    named = {**losses.terms, "total": losses.total}
+    return {name: float(value.detach()) for name, value in named.items()}
+
+
+def buffers(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def moved(before: dict[str, Tensor], network: torch.nn.Module) -> set[str]:
+    """First parts of the names of buffers that changed."""
+    after = dict(network.named_buffers())
+    return {n.partition(".")[0] for n, b in before.items() if not torch.equal(b, after[n])}
+
+
+def names_of(network: AlignGAN, phase: str) -> set[str]:
+    own = {id(p) for p in network.phase_parameters(phase)}
+    return {n for n, p in network.named_parameters() if id(p) in own}
+
+
+def untrained(network: AlignGAN) -> set[str]:
+    return {n for n, p in network.named_parameters() if not p.requires_grad}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,67 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastreid_vi import ops
-from fastreid_vi.config import INFRARED, VISIBLE, Batch
 from fastreid_vi.evaluation import rank_metrics
-from fastreid_vi.methods import recipe
 from fastreid_vi.methods.aligngan import AlignGAN, AlignGANOptions, losses
 from fastreid_vi.methods.aligngan.discriminator import Discriminator, JointDiscriminator
 from fastreid_vi.methods.aligngan.embedder import Embedded, Embedder
 from fastreid_vi.methods.aligngan.generator import Generator, GeneratorNorm
 from fastreid_vi.methods.aligngan.losses import Side
-from fastreid_vi.methods.base import Losses
 from tests.conftest import golden
-from tests.methods.aligngan_cases import JOINT, WARMUP, PooledConv, backward, build
+from tests.methods.aligngan_cases import PooledConv
+from tests.methods.aligngan_golden import (
+    case,
+    check_gradients,
+    close,
+    fill_embedder,
+    filled,
+    tensor,
+)
 
 KINDS = [torch.float32, torch.float64]
-
-
-def tensor(array: Any, kind: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.asarray(array, dtype=np.float64)).to(kind)
-
-
-def close(actual: Tensor | None, expected: Any, tolerance: float) -> None:
-    """Largest error against the largest value."""
-    assert actual is not None
-    want = tensor(expected)
-    got = actual.detach().double()
-    assert got.shape == want.shape
-    scale = max(float(want.abs().max()), 1e-12)
-    assert float((got - want).abs().max()) <= tolerance * scale
-
-
-def case(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    prefix = f"{name}__"
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def filled(shape: Iterable[int], s: int, scale: float) -> Tensor:
-    """The README's H(shape, s, scale)."""
-    shape = tuple(shape)
-    k = np.arange(int(np.prod(shape)), dtype=np.int64)
-    values = scale * (((31 * k * k + 7919 * k + 104729 * s) % 10007) / 10007 - 0.5)
-    return torch.from_numpy(values.astype(np.float32).reshape(shape)).double()
-
-
-def check_gradients(network: nn.Module, v: dict[str, np.ndarray], tolerance: float) -> int:
-    """Gradients in full, by norm, by first elements; how many were there."""
-    counted = 0
-    for field, expected in v.items():
-        kind, _, name = field.partition("__")
-        if kind not in ("g", "gnorm", "gfirst16"):
-            continue
-        gradient = network.get_parameter(name).grad
-        assert gradient is not None, name
-        if kind == "gnorm":
-            norm = float(gradient.double().norm())
-            assert norm == pytest.approx(float(expected), rel=tolerance), name
-        elif kind == "gfirst16":
-            first = tensor(expected) - gradient.double().flatten()[:16]
-            assert float(first.abs().max()) <= tolerance * float(gradient.abs().max()), name
-        else:
-            close(gradient, expected, tolerance)
-        counted += 1
-    return counted
 
 
 # Networks.
@@ -158,17 +112,6 @@ def test_joint_discriminator(kind: torch.dtype) -> None:
     close(features.grad[:, ::16], v["gf_stride16"], 1e-4)
     assert float(features.grad.norm()) == pytest.approx(float(v["gf_norm"]), rel=1e-4)
     assert check_gradients(network, v, 1e-4) == 9
-
-
-def fill_embedder(network: nn.Module, s: int) -> None:
-    for q, (name, p) in enumerate(network.named_parameters()):
-        if p.dim() > 1:
-            value = filled(p.shape, s + q, 4 / np.sqrt(p.shape[1]))
-        elif name.endswith("bottle.1.weight"):
-            value = 1 + filled(p.shape, s + q, 0.5)
-        else:
-            value = filled(p.shape, s + q, 0.2)
-        p.data.copy_(value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -282,174 +225,6 @@ def test_pixel_triplet_terms(layout: str) -> None:
         found = losses.generator_losses(way, way, *sides, options).terms["triplet"]
         expected = float(v[f"{layout}_1"]) + float(v[f"{layout}_2_{key}"])
         assert float(found) == pytest.approx(expected, rel=1e-5)
-
-
-# One iteration of every stage.
-
-NETWORKS = {
-    "G_rgb2ir": ("visible_to_infrared", 100),
-    "G_ir2rgb": ("infrared_to_visible", 200),
-    "D_rgb": ("visible_discriminator", 300),
-    "D_rgb_warmup": ("visible_warmup_discriminator", 400),
-    "D_ir_warmup": ("infrared_warmup_discriminator", 500),
-    "D_ir": ("infrared_discriminator", 600),
-    "encoder": ("backbone", 700),
-    "embeder": ("embedder", 800),
-}
-
-
-def released(v: dict[str, np.ndarray]) -> AlignGAN:
-    """The golden file's networks in float64."""
-    *_, classes, s = (int(n) for n in v["cfg_P_K_ncls_seed"])
-    options = AlignGANOptions(
-        conv_dim=2,
-        residual_blocks=1,
-        dropout=0.0,
-        pixel_images=0,
-        pixel_triplet_labels="official",
-    )
-    network = AlignGAN(classes, options, backbone=PooledConv()).double()
-    for name, offset in NETWORKS.values():
-        part = network.get_submodule(name)
-        if name == "embedder":
-            fill_embedder(part, s + offset)
-            continue
-        norms = {id(m.weight) for m in part.modules() if isinstance(m, GeneratorNorm)}
-        for q, p in enumerate(part.parameters()):
-            scale = 3 / np.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.3
-            value = filled(p.shape, s + offset + q, scale)
-            if id(p) in norms:
-                value = 1 + filled(p.shape, s + offset + q, 0.5)
-            p.data.copy_(value)
-    return network
-
-
-def golden_batch(v: dict[str, np.ndarray], infrared_pids: str = "pids") -> Batch:
-    def images(name: str) -> Tensor:
-        low = torch.from_numpy((v[name].astype(np.float64) / 127.5 - 1).astype(np.float32)).double()
-        return low.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-    labels = np.concatenate([v["pids"], v[infrared_pids]])
-    modality = torch.tensor([VISIBLE, INFRARED]).repeat_interleave(len(v["pids"]))
-    stacked = torch.cat([images("rgb_low_u8"), images("ir_low_u8")])
-    k = int(v["cfg_P_K_ncls_seed"][1])
-    return Batch(stacked, torch.from_numpy(labels), modality, modality, k)
-
-
-class Calls:
-    """Records the values of a criterion in the order of its calls."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: dict[str, list[float]] = {}
-        for name in ("adversarial", "distance", "identity", "batch_hard"):
-            monkeypatch.setattr(losses, name, self._recording(name, getattr(losses, name)))
-
-    def _recording(self, name: str, function: Any) -> Any:
-        def record(*args: Any, **options: Any) -> Tensor:
-            value: Tensor = function(*args, **options)
-            self.found.setdefault(name, []).append(float(value.detach()))
-            return value
-
-        return record
-
-    def check(self, v: dict[str, np.ndarray]) -> None:
-        names = {"mse": "adversarial", "cls": "identity", "tri": "batch_hard"}
-        for theirs, ours in names.items():
-            assert self.found[ours] == pytest.approx(list(v[f"calls_{theirs}"]), rel=1e-6)
-        if "calls_cycle" in v:  # ours: cycle and mapping of one direction, then of the other
-            ir, rgb_again, rgb, ir_again = self.found["distance"]
-            assert [rgb, ir] == pytest.approx(list(v["calls_cycle"]), rel=1e-6)
-            assert [rgb_again, ir_again] == pytest.approx(list(v["calls_identity"]), rel=1e-6)
-
-
-def gradients_of(v: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Fields of one network, under our parameter names."""
-    found = {}
-    for field, array in v.items():
-        kind, _, rest = field.partition("__")
-        owner, _, parameter = rest.partition("__")
-        if owner == name and kind.startswith("g"):
-            renamed = f"conv.{parameter[2:]}" if name == "encoder" else parameter
-            found[f"{kind}__{renamed}"] = array
-    return found
-
-
-def check_networks(network: AlignGAN, v: dict[str, np.ndarray], names: Iterable[str]) -> None:
-    """Sums over whole planes cancel: up to 6e-6 remain of the released code's rounding."""
-    for name in names:
-        fields = gradients_of(v, name)
-        assert check_gradients(network.get_submodule(NETWORKS[name][0]), fields, 1e-5) > 2, name
-
-
-def test_feature_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
-    v = golden("aligngan/steps")
-    network, batch, calls = released(v), golden_batch(v), Calls(monkeypatch)
-    stage = case(v, "warm_feature")
-    found = backward(network, batch._replace(paired=0), "feature_warmup")
-    for theirs, ours in (("cls", "identity"), ("tri", "batch_hard")):
-        assert calls.found[ours] == pytest.approx(list(stage[f"calls_{theirs}"]), rel=1e-6)
-    assert 100 * float(found.terms["accuracy"]) == pytest.approx(float(stage["returned"][0]))
-    check_networks(network, stage, ("encoder", "embeder"))
-    build(recipe("aligngan", "sysu").optim, network, "feature_warmup").step()
-    bias = network.get_parameter("backbone.conv.bias")[:32]
-    close(bias, stage["encoder_bias_after_sgd_first32"], 1e-6)
-
-
-@pytest.mark.parametrize("which", ["warm_pixel", "joint_pixel", "joint_pixel_rolled_ir_pids"])
-def test_pixel_iteration(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    v = golden("aligngan/steps")
-    rolled = "pids_rolled" if which.endswith("pids") else "pids"
-    network, batch, calls = released(v), golden_batch(v, rolled), Calls(monkeypatch)
-    stage = case(v, which)
-    pixel, plain = recipe("aligngan", "sysu").optim_of("generators"), which == "joint_pixel"
-    phases = WARMUP if which == "warm_pixel" else JOINT[1:]
-    totals, norms = [], {}
-    for phase in phases:
-        found: Losses = backward(network, batch, phase)
-        totals.append(float(found.total.detach()))
-        if phase.startswith("generators"):
-            terms = found.terms
-            if plain:
-                norms = {
-                    field: network.get_submodule("visible_to_infrared").state_dict()[key].clone()
-                    for field, key in buffers(stage)
-                }
-            if which != "joint_pixel_rolled_ir_pids":
-                check_networks(network, stage, ("G_rgb2ir", "G_ir2rgb"))
-        elif "rolled" not in which:
-            check_networks(network, stage, (phase.capitalize(),))  # "d_rgb" is D_rgb
-        build(pixel, network, phase).step()
-    calls.check(stage)
-    expected = [float(x) for x in stage["returned"]]
-    shown = [float(terms[n].detach()) for n in ("gan", "cycle", "mapping")]
-    assert shown == pytest.approx(expected[:3], rel=1e-5)
-    assert totals[1] + totals[2] == pytest.approx(expected[3], rel=1e-5)
-    others = [float(terms[n].detach()) for n in ("triplet", "identity")]
-    assert others == pytest.approx(expected[4:], rel=1e-5)
-    for field, value in norms.items():
-        close(value, stage[field], 1e-6)
-    if plain:
-        weight = network.get_parameter("visible_to_infrared.model.0.weight")
-        close(weight, stage["G_rgb2ir_conv0_after_adam"], 1e-6)
-
-
-def buffers(stage: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """Fields of G's running statistics, and their keys."""
-    fields = [f for f in stage if f.startswith("G_rgb2ir_model") and "running" in f]
-    assert len(fields) == 4
-    names = [f.removeprefix("G_rgb2ir_").removesuffix("_after") for f in fields]
-    return [(f, n.replace("_running", ".running")) for f, n in zip(fields, names, strict=True)]
-
-
-def test_joint_feature_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    v = golden("aligngan/steps")
-    network, batch, calls = released(v), golden_batch(v), Calls(monkeypatch)
-    stage = case(v, "joint_feature")
-    found = backward(network, batch, "feature")
-    calls.check(stage)
-    check_networks(network, stage, ("encoder", "embeder"))
-    fake, real = (100 * float(found.terms[f"accuracy_{n}"]) for n in ("fake", "real"))
-    assert [fake, real] == pytest.approx(list(stage["returned"][:2]), rel=1e-5)
 
 
 # Evaluation.

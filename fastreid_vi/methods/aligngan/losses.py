@@ -112,11 +112,11 @@ def feature_warmup_losses(real: Side, options: AlignGANOptions) -> Losses:
             "triplet": batch_hard(real, margin=options.margin, soft_bh=options.soft_bh),
         }
         shown = {"accuracy": accuracy(real.out.logits, real.labels)}
-    return _weighted(terms, {}, shown)
+    return _weighted(terms, {"triplet": options.feature_triplet_weight}, shown)
 
 
 def feature_losses(fake: Side, real: Side, scores: Tensor, options: AlignGANOptions) -> Losses:
-    """Stage C, encoder and embedder: identities and triplets of both sides, and 0.1 adversarial.
+    """Stage C, encoder and embedder: identities and triplets of both sides + 0.1 adversarial.
 
     Args:
         fake: translated visible images.
@@ -137,7 +137,8 @@ def feature_losses(fake: Side, real: Side, scores: Tensor, options: AlignGANOpti
             "accuracy_fake": accuracy(fake.out.logits, fake.labels),
             "accuracy_real": accuracy(real.out.logits, real.labels),
         }
-    return _weighted(terms, {"gan": options.feature_gan_weight}, shown)
+    triplets = dict.fromkeys(("triplet_fake", "triplet_real"), options.feature_triplet_weight)
+    return _weighted(terms, {**triplets, "gan": options.feature_gan_weight}, shown)
 
 
 class Translation(NamedTuple):

@@ -55,6 +55,9 @@ class AlignGANOptions:
     """Of the cosine batch-hard triplet losses; official: 1."""
     soft_bh: tuple[int, int] = (0, 0)
     """Take the k-th hardest positive and negative, counted from 0; official: (0, 0)."""
+    feature_triplet_weight: float = 1.0
+    """Weight of the encoder's triplet losses; official: 1. An encoder without ImageNet weights
+    needs less, or a smaller margin, lest all its embeddings collapse."""
     feature_gan_weight: float = 0.1
     """Weight of the encoder's adversarial loss; official: 0.1."""
     cycle_weight: float = 10.0
