@@ -99,10 +99,12 @@ def test_more_held_out_than_there_are(call, tree: Path) -> None:
     )
 
 
-def test_a_data_set_that_is_not_read(call, tree: Path) -> None:
-    said = call("train", "mpanet-regdb", "--data-root", tree, "--run-dir", tree.parent / "no")
-    assert said.code == 1
-    assert "'regdb'" in said.complaint
+def test_a_data_set_of_another_layout(call, tree: Path) -> None:
+    for dataset, folder in (("regdb", "Visible"), ("llcm", "vis")):
+        recipe = f"mpanet-{dataset}"
+        said = call("train", recipe, "--data-root", tree, "--run-dir", tree.parent / "no")
+        assert said.code == 1
+        assert said.complaint == f"{tree}: folder {folder} is missing"
 
 
 def test_weights_that_are_not_there(call, tree: Path) -> None:
