@@ -113,9 +113,7 @@ def of_trial(recipe: Recipe, trial: int | None) -> Recipe:
     if trial is None:
         return recipe
     if recipe.dataset != "regdb":
-        raise RunError(
-            f"--trial {trial}: only RegDB has trials, the recipe is for {recipe.dataset}"
-        )
+        raise RunError(f"--trial {trial}: only RegDB has trials, not {recipe.dataset!r}")
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, trial=trial))
 
 
