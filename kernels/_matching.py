@@ -64,13 +64,13 @@ def _logits(gram, keys, scale, lane, inside, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
+def _rounded(x, kind: tl.constexpr, INTERPRETED: tl.constexpr):
     """x >= 0 in another type, to nearest even; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and KIND == tl.bfloat16:
+    if INTERPRETED and kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
         x = bits.to(tl.float32, bitcast=True)
-    return x.to(KIND)
+    return x.to(kind)
 
 
 @triton.jit

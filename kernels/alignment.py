@@ -109,7 +109,7 @@ class _BlockGradient:
         self.start = torch.searchsorted(order.values, bounds)
 
     def through_distances(self) -> None:
-        """d: the gradient of P of both pairings; `pull` and `direct`: the turns of the distances."""
+        """d: the gradient of P of both pairings; `pull`, `direct`: the turns of the distances."""
         size, dtype = self.size, self.p.dtype
         inner(self.dr, self.x, self.index[0], self.d[0])
         side = block(size, 64 if dtype != torch.float64 else 32)
