@@ -22,7 +22,8 @@ OPTIONAL = {
     "tensorboard": "training curves beside metrics.jsonl",
     "cupy": "CUDA rooms without nvcc",
 }
-ROOMS = ("reference", "cpu", "triton", "cuda")
+ROOMS = ("reference", "cpu", "triton", "cuda", "retrieval")
+RANKING = "rank_metrics"  # works on NumPy arrays, so the table of tensor ops does not know it
 COMPILE = "pip install --no-build-isolation -e . with a C++20 compiler"
 
 
@@ -52,6 +53,7 @@ def inspect() -> dict[str, Any]:
             found["ops"], found["live"], found["check"] = _ops(torch)
         except (ImportError, OSError, AttributeError) as error:
             found["check"] = {"ops": f"do not load: {_first_line(error)}"}
+    found["ops"][RANKING], found["live"][RANKING] = _ranking(found["native"]["_retrieval"])
     found["missing"] = list(_missing(torch, found))
     found["ok"] = not isinstance(torch, str) and set(found["check"].values()) <= {"right"}
     return found
@@ -66,8 +68,7 @@ def text(found: dict[str, Any]) -> str:
     for name, what in found["native"].items():
         holds = f", with code for {' and '.join(code)}" if name == "_C" and code else ""
         lines.append(f"{name}: {what}{holds}")
-    if found["ops"]:
-        lines += ["", *_op_table(found), ""]
+    lines += ["", *_op_table(found), ""]
     lines += [f"check: {name}: {verdict}" for name, verdict in found["check"].items()]
     lines += [f"missing: {line}" for line in found["missing"]]
     return "\n".join(lines)
@@ -85,7 +86,7 @@ def _op_table(found: dict[str, Any]) -> list[str]:
     for name in found["live"]:
         cells = []
         for room in ROOMS:
-            state = found["ops"][name].get(room, "no such room")
+            state = found["ops"][name].get(room, f"{name} has no {room} room")
             if is_built(state):
                 uses = [device for device, live in found["live"][name].items() if live == room]
                 how = state.removeprefix("built").strip(" ()")
@@ -151,6 +152,13 @@ def _native_ranking() -> str:
     except ImportError as error:
         return f"the C++ extension _retrieval does not load: {_first_line(error)}"
     return "built"
+
+
+def _ranking(retrieval: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Rooms of the ranking, and the one it uses."""
+    rooms = {room: f"{RANKING} has no {room} room" for room in ROOMS}
+    rooms |= {"reference": "built", "retrieval": retrieval}
+    return rooms, {"cpu": "retrieval" if is_built(retrieval) else "reference"}
 
 
 def _ops(torch: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

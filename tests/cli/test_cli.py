@@ -26,6 +26,8 @@ def test_help_of_every_verb_loads_nothing_heavy() -> None:
         ["train"],
         ["eval"],
         ["report"],
+        ["convert"],
+        ["certify"],
         ["doctor"],
     ]
     code = f"""
@@ -109,6 +111,29 @@ def test_doctor(call) -> None:
     assert found["live"]["gem_pool"]["cpu"] in ("cpu", "reference")
     assert found["check"]["gem_pool on cpu"] == "right"
     assert found["versions"]["fastreid-vi"] == __version__
+    ranking = found["ops"]["rank_metrics"]
+    assert (ranking["reference"], ranking["retrieval"]) == ("built", found["native"]["_retrieval"])
+    (line,) = (line for line in said.out.splitlines() if line.startswith("rank_metrics "))
+    assert line.split()[1] == "built"
+    room = "retrieval" if ranking["retrieval"] == "built" else "reference"
+    assert found["live"]["rank_metrics"] == {"cpu": room}
+
+
+@pytest.mark.parametrize("missing", ["fastreid_vi._retrieval", "torch"])
+def test_doctor_names_the_ranking_room(missing: str) -> None:
+    ran = python(f"""
+import sys
+sys.modules[{missing!r}] = None
+from fastreid_vi import _doctor
+found = _doctor.inspect()
+print(found["live"]["rank_metrics"]["cpu"], found["ops"]["rank_metrics"]["retrieval"])
+""")
+    assert ran.returncode == 0, ran.stderr
+    room, _, state = ran.stdout.strip().partition(" ")
+    if missing == "torch":  # the ranking works without it
+        assert (room == "retrieval") == (state == "built")
+    else:
+        assert (room, state) == ("reference", "the C++ extension _retrieval was not built")
 
 
 @pytest.mark.parametrize(
