@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +42,23 @@ class _Joined(torch.autograd.Function):
         return own if ctx.scale == 1.0 else own * ctx.scale, None, None, None
 
 
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process acts as if there were no others: nothing is exchanged."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def world_size(group: Any = None) -> int:
     """Processes that take part; 1 without an initialised process group."""
+    if _alone.get():
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastreid_vi._distributed import world_size
 from fastreid_vi.train.errors import StoppedElsewhere, TrainError
@@ -202,6 +204,18 @@ def own_device(device: torch.device | str | None) -> torch.device:
     return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
 
+def _meet(backend: str) -> None:
+    """Join the default process group.
+
+    torchrun keeps one store for all restarts on a machine, and gloo's addresses of dead processes
+    in it: every start has names of its own.
+    """
+    store, number, world = next(rendezvous("env://", timeout=_PATIENCE))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"fastreid_vi/{start}", store)
+    dist.init_process_group(backend, store=own, rank=number, world_size=world, timeout=_PATIENCE)
+
+
 @contextmanager
 def team(device: torch.device | str | None) -> Iterator[Team]:
     """Meet the other processes of torchrun, gloo on CPU and NCCL on CUDA; a team of one without.
@@ -216,8 +230,7 @@ def team(device: torch.device | str | None) -> Iterator[Team]:
         torch.cuda.set_device(place)
     mine = launched() and not dist.is_initialized()
     if mine:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        _meet("nccl" if place.type == "cuda" else "gloo")
     try:
         several = world_size() > 1
         control = None

@@ -29,6 +29,7 @@ from fastreid_vi.train.errors import (
     StoppedElsewhere,
     TrainError,
 )
+from fastreid_vi.train.forecast import describe
 from fastreid_vi.train.keeper import Keeper, TrainResult
 from fastreid_vi.train.log import Display, Log, Mute, RunLog, make_screen
 from fastreid_vi.train.optim import lr_at
@@ -82,7 +83,7 @@ def train(
         DataError: images or identities that cannot be used.
     """
     with distributed.team(device) as team, deterministic(), StopRequest() as stop:
-        run = _Run(method, recipe, dataset, Path(run_dir), team, eval_on)
+        run = _Run(method, recipe, dataset, Path(run_dir), team, eval_on, foresee=display != "none")
         run.open(resume, display, stop, resume_hint)
         try:
             while run.progress.epoch <= recipe.schedule.epochs:
@@ -124,6 +125,8 @@ class _Run:
         run_dir: Path,
         team: Team,
         eval_on: EvalOn,
+        *,
+        foresee: bool,
     ) -> None:
         split = training_split(dataset, recipe)
         if method.num_ids != split.num_ids:
@@ -149,8 +152,12 @@ class _Run:
         )
         if team.world > 1:
             self.sampler.shard(team.rank, team.world)
-            if run.bn == "sync":
-                synchronise(method, team.device)
+        self.notes: list[str] = []
+        if foresee and team.leads:
+            rows, paired = len(self.sampler.slots), self.sampler.paired
+            self.notes = describe(method, recipe, team.device, rows=rows, paired=paired)
+        if team.world > 1 and run.bn == "sync":
+            synchronise(method, team.device)
         self.loader = train_loader(images, self.sampler, data, seed=run.seed)
         players = dict.fromkeys(map(method.player, method.phases))
         self.optim = {player: recipe.optim_of(player) for player in players}
@@ -190,7 +197,7 @@ class _Run:
         if resume:
             where = f"after step {here.step}" if here.step else "from the start: no checkpoint yet"
             notes.append(f"{self.run_dir}: resumed {where}")
-        for note in notes:
+        for note in [*notes, *self.notes]:
             self.log.screen.line(note)
 
     def _open_log(self, display: Display) -> RunLog:
