@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,12 @@ from fastreid_vi import _evaluate
 from fastreid_vi._evaluate import EMBEDDINGS, RunError, Target
 from fastreid_vi.evaluation import Embeddings, llcm_galleries, sysu_galleries
 from fastreid_vi.figures import Curve
-from fastreid_vi.report import PatternMaps, ReportedRun
+from fastreid_vi.report import PatternMaps, ReportedRun, Translations
 
 if TYPE_CHECKING:
+    from fastreid_vi.config import Batch
     from fastreid_vi.data import Index
+    from fastreid_vi.methods.base import Method
 
 MAP_PERSONS = 4
 _RULES = {
@@ -47,6 +50,7 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
     query, gallery = (train.load_embeddings(folder / EMBEDDINGS / n) for n in ("query", "gallery"))
     records = read_metrics(folder / "metrics.jsonl")
     shown, shown_name = shown_gallery(dataset, gallery)
+    maps, translated = _pictures(target, dataset, query, gallery)
     return ReportedRun(
         name=name,
         facts=_facts(folder, target, test),
@@ -65,7 +69,8 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
         shown_name=shown_name,
         protocol=dataset.name,
         image_root=target.root,
-        maps=pattern_maps(target, dataset, query, gallery),
+        maps=maps,
+        translations=translated,
     )
 
 
@@ -115,29 +120,58 @@ def curves(
     return {name: Curve(*np.array(xy, dtype=float).T) for name, xy in points.items()}
 
 
-def pattern_maps(
+class Shown(NamedTuple):
+    """A test image, alone in its batch."""
+
+    batch: Batch
+    path: Path
+    caption: str
+
+
+def _pictures(
     target: Target, dataset: Index, query: Embeddings, gallery: Embeddings
-) -> PatternMaps | None:
-    """Pattern maps of a few test persons, infrared and visible, for a method that has them."""
+) -> tuple[PatternMaps | None, Translations | None]:
     import torch
 
-    from fastreid_vi.data import eval_loader
-
     method, _ = _evaluate.load_method(target, dataset)
+    shown = shown_images(target, dataset, query, gallery)
+    with torch.inference_mode():
+        return pattern_maps(method, shown), translations(method, shown)
+
+
+def pattern_maps(method: Method, shown: Sequence[Shown]) -> PatternMaps | None:
+    """Pattern maps of test images, for a method that has them."""
     maps_of = getattr(method, "pattern_maps", None)
     if maps_of is None:
         return None
-    persons = np.intersect1d(query.ids, gallery.ids)[:MAP_PERSONS]
-    stacks, images, captions = [], [], []
-    for person in persons:
+    stacks = np.stack([maps_of(batch.images)[0].float().numpy() for batch, _, _ in shown])
+    return PatternMaps([_read(path) for _, path, _ in shown], stacks, [c for _, _, c in shown])
+
+
+def translations(method: Method, shown: Sequence[Shown]) -> Translations | None:
+    """Test images as the other modality, and back again, for a method that translates."""
+    preview = getattr(method, "preview", None)
+    if preview is None:
+        return None
+    rows = np.stack([preview(b.images, b.modality)[0].float().numpy() for b, _, _ in shown])
+    pictures = np.rint(127.5 * (rows.transpose(0, 1, 3, 4, 2) + 1)).clip(0, 255)
+    return Translations(pictures.astype(np.uint8), [caption for _, _, caption in shown])
+
+
+def shown_images(
+    target: Target, dataset: Index, query: Embeddings, gallery: Embeddings
+) -> list[Shown]:
+    """An infrared and a visible image of a few test persons."""
+    from fastreid_vi.data import eval_loader
+
+    found = []
+    for person in np.intersect1d(query.ids, gallery.ids)[:MAP_PERSONS]:
         for part, kind in ((dataset.query, "IR"), (dataset.gallery, "VIS")):
             first = part.select([int(np.flatnonzero(part.pids == person)[0])])
             batch = next(iter(eval_loader(first, _alone(target), batch_size=1)))
-            with torch.inference_mode():
-                stacks.append(maps_of(batch.images)[0].float().numpy())
-            images.append(_read(first.file(0)))
-            captions.append(f"{kind} cam {first.cams[0]}, id {person}")
-    return PatternMaps(images, np.stack(stacks), captions)
+            caption = f"{kind} cam {first.cams[0]}, id {person}"
+            found.append(Shown(batch, first.file(0), caption))
+    return found
 
 
 def _alone(target: Target) -> Any:

@@ -29,6 +29,13 @@ class PatternMaps(NamedTuple):
     captions: Sequence[str]  # M
 
 
+class Translations(NamedTuple):
+    """Images of one modality as images of the other one, and translated back."""
+
+    pictures: NDArray[np.uint8]  # [M, 3, H, W, 3] image, translation, translation back
+    captions: Sequence[str]  # M
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun:
     """What the page shows of one run; a missing part leaves its section out."""
@@ -63,6 +70,8 @@ class ReportedRun:
     """Folder that the embeddings' paths are relative to."""
     maps: PatternMaps | None = None
     """Pattern maps, for methods that have them."""
+    translations: Translations | None = None
+    """Translated images, for methods with generators."""
 
 
 def build_report(
@@ -96,7 +105,7 @@ def build_report(
     makers = (_table, _losses, _validation, _cmc)
     sections = [make(runs) for make in makers]
     sections += [rank_list_section(runs, queries=queries, top=top, seed=seed)]
-    sections += [_histogram(runs, seed), _pattern_maps(runs)]
+    sections += [_histogram(runs, seed), _pattern_maps(runs), _translations(runs)]
     cards = [_page.card(run.name, run.facts, run.commands) for run in runs]
     page = _page.render(title, cards, [section for section in sections if section is not None])
     path = Path(path)
@@ -266,6 +275,35 @@ def _pattern_maps(runs: Sequence[ReportedRun]) -> Section | None:
         "to its largest value on this image (written below it): bright means most, not much."
     )
     return Section("Pattern maps", note, "".join(body)) if body else None
+
+
+def translation_tiles(translations: Translations) -> list[list[Tile]]:
+    """Rows of tiles: an image, its translation, and that translated back."""
+    kinds = ("translated", "and back")
+    return [
+        [
+            Tile(pictures[0], tuple(caption.split(", ")), caption),
+            *(
+                Tile(picture, (kind,), f"{caption}, {kind}")
+                for picture, kind in zip(pictures[1:], kinds, strict=True)
+            ),
+        ]
+        for pictures, caption in zip(translations.pictures, translations.captions, strict=True)
+    ]
+
+
+def _translations(runs: Sequence[ReportedRun]) -> Section | None:
+    body = [
+        _page.tile_row(row, f"<b>{_page.text(run.name)}</b>")
+        for run in runs
+        if run.translations is not None
+        for row in translation_tiles(run.translations)
+    ]
+    note = (
+        "Test images as the generators see and make them: infrared images made visible, visible "
+        "ones made infrared, and both translated back."
+    )
+    return Section("Translations", note, "".join(body)) if body else None
 
 
 def _ends(what: str, runs: Mapping[str, Mapping[str, Curve]]) -> str:

@@ -10,14 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastreid_vi import figures
+from fastreid_vi import _reported, figures
+from fastreid_vi.config import Batch
 from fastreid_vi.evaluation import Embeddings, Evaluation, RankMetrics
 from fastreid_vi.figures import Curve, MissingExtra
 from fastreid_vi.ranklists import distances, location, pick_queries, rank_list
-from fastreid_vi.report import PatternMaps, ReportedRun, build_report, pattern_map_tiles
+from fastreid_vi.report import (
+    PatternMaps,
+    ReportedRun,
+    Translations,
+    build_report,
+    pattern_map_tiles,
+    translation_tiles,
+)
 
 PERSONS = (3, 5, 9, 14)
 SETTINGS = ("all/1", "all/10", "indoor/1", "indoor/10")
@@ -312,6 +321,40 @@ def test_overlay_is_hot_where_the_map_is() -> None:
     assert np.array_equal(shown[0, 0], image[0, 0])
     flat = figures.overlay(image, np.full((4, 2), 0.3))
     assert np.array_equal(flat, image)
+
+
+def test_translations_have_rows_of_their_own(tmp_path: Path) -> None:
+    pictures = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones((24, 12, 3), np.uint8)
+    translations = Translations(pictures, ["IR cam 3, id 5", "VIS cam 1, id 5"])
+    rows = translation_tiles(translations)
+    assert [[int(tile.image[0, 0, 0]) for tile in row] for row in rows] == [[0, 1, 2], [3, 4, 5]]
+    assert rows[1][0].lines == ("VIS cam 1", "id 5")
+    assert rows[0][2].alt == "IR cam 3, id 5, and back"
+    record = run(tmp_path, **{**LISTS_ONLY, "translations": translations})
+    page = Page(build_report([record], tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.text.count("Translations") == 1
+    alts = [image["alt"] for image in page.of("img")]
+    assert [a for a in alts if a and a.endswith("and back")] == [row[2].alt for row in rows]
+
+
+def test_a_method_that_translates_is_shown(tmp_path: Path) -> None:
+    Image.new("RGB", (12, 24)).save(tmp_path / "a.png")
+
+    class Translates:
+        def preview(self, images: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+            return torch.stack([images, -images, 0 * images + modality[0]], dim=1)
+
+    images = torch.linspace(-1, 1, 3)[None, :, None, None].expand(1, 3, 4, 2)
+    one = torch.ones(1, dtype=torch.int64)
+    shown = [_reported.Shown(Batch(images, one, one, one), tmp_path / "a.png", "IR cam 3, id 5")]
+    found = _reported.translations(Translates(), shown)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.pictures.shape == (1, 3, 4, 2, 3)
+    assert found.pictures.dtype == np.uint8
+    assert found.pictures[0, :, 0, 0].tolist() == [[0, 128, 255], [255, 128, 0], [255] * 3]
+    assert found.captions == ["IR cam 3, id 5"]
+    assert _reported.translations(torch.nn.Identity(), shown) is None  # type: ignore[arg-type]
+    assert _reported.pattern_maps(Translates(), shown) is None  # type: ignore[arg-type]
 
 
 def test_ink_takes_the_colour_of_the_page() -> None:

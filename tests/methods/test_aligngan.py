@@ -149,6 +149,9 @@ def test_the_pixel_batch_of_data_and_model_must_agree() -> None:
     fewer = dataclasses.replace(recipe.data, pixel_identities=2)
     with pytest.raises(ValueError, match=r"model\.pixel_images: expected 16 .* got 32"):
         dataclasses.replace(recipe, data=fewer)
+    other = dataclasses.replace(recipe.data, normalize="imagenet")
+    with pytest.raises(ValueError, match=r"data\.normalize: expected 'symmetric'"):
+        dataclasses.replace(recipe, data=other)
 
 
 @pytest.mark.parametrize(

