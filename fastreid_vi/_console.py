@@ -50,6 +50,19 @@ class Console:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class Quiet(Console):
+    """Shows nothing: of a process that works beside the one that speaks."""
+
+    def say(self, text: str = "") -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 class _Warnings(logging.Handler):
     def __init__(self, console: Console, program: str) -> None:
         super().__init__(logging.WARNING)

@@ -20,6 +20,8 @@ EVAL_ON = (
     "makes the table look better than it is"
 )
 
+NORM = "batch statistics of each process alone or of all together, under torchrun (local)"
+
 IMAGES = "fewest and most images of a person in a camera (2 14; regdb 10 10, llcm 2 5)"
 
 
@@ -112,6 +114,8 @@ def _add_train(verbs: Any) -> None:
     add("--resume", action="store_true", help="continue the run in --run-dir to the same bits")
     add("--weights", metavar="W", help='"imagenet", "none" or a file: short for --model.weights')
     add("--skip-broken", action="store_true", help="leave unreadable images out, with a count")
+    add("--skip-nonfinite", action="store_true", help="leave a step out whose loss is not finite")
+    add("--bn", choices=["local", "sync"], help=NORM)
     add("--eval-on", choices=["validation", "test"], default="validation", help=EVAL_ON)
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
 

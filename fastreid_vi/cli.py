@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastreid_vi._console import Console, one_line, table, warnings_shown
+from fastreid_vi._console import Console, Quiet, one_line, table, warnings_shown
 from fastreid_vi._flags import UsageError, published, take_name, with_flags
 from fastreid_vi._parsers import PROGRAM, build_parser
 
@@ -129,7 +129,9 @@ def train(args: argparse.Namespace, console: Console) -> int:
     split = training.training_split(dataset, recipe)
     training.seed_everything(recipe.run.seed)
     method = methods.from_recipe(recipe, split.num_ids)
-    resume = f"{PROGRAM} train --resume --run-dir {shlex.quote(str(run_dir))}"
+    resume = f"{_started_as()} train --resume --run-dir {shlex.quote(str(run_dir))}"
+    if training.rank() > 0:
+        console = Quiet(console.machine)
     console.note(
         f"{recipe.method} on {root}: {len(split.train)} training images of {split.num_ids} "
         f"identities, {recipe.schedule.epochs} epochs; after an interruption: {resume}"
@@ -283,8 +285,17 @@ def _training(args: argparse.Namespace) -> tuple[Recipe, Path, Path]:
         raise UsageError("where is the data set? --data-root DIR")
     flags += ["--model.weights", args.weights] if args.weights is not None else []
     flags += ["--data.skip-broken"] if args.skip_broken else []
+    flags += ["--run.skip-nonfinite"] if args.skip_nonfinite else []
+    flags += ["--run.bn", args.bn] if args.bn is not None else []
     recipe = with_flags(recipe, flags, f"{PROGRAM} train RECIPE", args.debug)
     return recipe, root, args.run_dir or Path("runs") / (name or recipe.method)
+
+
+def _started_as() -> str:
+    """The command that starts as many processes as this one has beside it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return PROGRAM
+    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', '1')} -m fastreid_vi"
 
 
 def _explain(error: Exception, args: argparse.Namespace, console: Console, code: int) -> int:

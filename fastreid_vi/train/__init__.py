@@ -1,6 +1,7 @@
 """Training: the loop, its checkpoints and records, and embeddings of whole image lists."""
 
 from fastreid_vi.train.checkpoint import load_weights
+from fastreid_vi.train.distributed import rank
 from fastreid_vi.train.embed import embed_all, load_embeddings, save_embeddings
 from fastreid_vi.train.errors import (
     CheckpointError,
@@ -29,6 +30,7 @@ __all__ = [
     "embed_all",
     "load_embeddings",
     "load_weights",
+    "rank",
     "read_run",
     "save_embeddings",
     "seed_everything",

@@ -238,7 +238,8 @@ class SkippedStep(Exception):
 
 
 def _mean(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Terms of a group of batches, averaged."""
+    """Terms of a group of batches, each averaged over the batches that have it."""
     if len(rows) == 1:
         return rows[0]
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {n: torch.stack([row[n] for row in rows if n in row]).mean() for n in names}
