@@ -65,9 +65,9 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("root", type=Path, metavar="DIR", help="folder to create")
     add("--layout", choices=LAYOUTS, default="sysu", help="whose folders and files (sysu)")
-    add("--train-ids", type=_count, metavar="N", help="training identities (60; regdb 30)")
+    add("--train-ids", type=_count, metavar="N", help="training identities (60)")
     add("--val-ids", type=_count, metavar="N", help="identities of the val list, sysu only (12)")
-    add("--test-ids", type=_count, metavar="N", help="test identities (30)")
+    add("--test-ids", type=_count, metavar="N", help="test identities (30; regdb 60)")
     add("--seed", type=int, default=0, help="same seed, same files (0)")
     add("--height", type=_count, default=128, metavar="PX", help="image height (128)")
     add("--width", type=_count, default=64, metavar="PX", help="image width (64)")

@@ -172,6 +172,6 @@ def _write_list(path: Path, folders: Sequence[tuple[Folder, int]]) -> None:
 
 LAYOUTS = {
     "sysu": Layout("exp", plan_sysu, {"train": 60, "val": 12, "test": 30}, (2, 14)),
-    "regdb": Layout("idx", plan_regdb, {"train": 30, "val": 0, "test": 30}, (10, 10)),
+    "regdb": Layout("idx", plan_regdb, {"train": 60, "val": 0, "test": 60}, (10, 10)),
     "llcm": Layout("idx", plan_llcm, {"train": 60, "val": 0, "test": 30}, (2, 5)),
 }

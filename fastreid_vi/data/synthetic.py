@@ -56,10 +56,10 @@ def synthesize(
         root: folder to create; must be absent or empty unless `overwrite`.
         layout: "sysu"; "regdb": BMP files, ten trials that split the same persons differently;
             "llcm": nine visible and eight infrared cameras, two to four of each for a person.
-        train_ids: identities trained on, >= 1; by default 60 (RegDB 30, in every trial).
+        train_ids: identities trained on, >= 1; by default 60 (RegDB: in every trial).
         val_ids: SYSU-MM01: identities in val_id.txt, >= 1, seen by cameras 3, 4, 5 only; by default
             12; the field trains on train + val. The other layouts have no such list.
-        test_ids: identities tested, >= 1; by default 30 (RegDB in every trial).
+        test_ids: identities tested, >= 1; by default 30 (RegDB: 60 in every trial, its halves).
         seed: other seeds give other people, places and pids.
         height: of the files, pixels.
         width: of the files, pixels.
