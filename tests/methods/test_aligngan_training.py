@@ -145,7 +145,7 @@ def test_a_saved_state_goes_on_alike() -> None:
 
 def test_overfits_eight_images() -> None:
     torch.manual_seed(0)
-    network = small(dropout=0.0, conv_dim=8, in_eval="instance", **JOINT_ONLY)
+    network = small(dropout=0.0, conv_dim=8, **JOINT_ONLY)
     batch, engine = paired_batch(ids=4, k=1, size=(2, 4)), stepper(network)
     # Smooth images: what a generator with a bottleneck can repeat.
     batch = batch._replace(images=F.interpolate(batch.images, (32, 64), mode="bilinear"))
@@ -155,9 +155,6 @@ def test_overfits_eight_images() -> None:
     assert rows[-1]["feature/identity_real"] < 0.8 * rows[0]["feature/identity_real"]
     assert rows[-1]["generators/cycle"] < 0.85 * rows[0]["generators/cycle"]
     assert rows[-1]["generators/mapping"] < 0.85 * rows[0]["generators/mapping"]
-    features = network.embed(batch.images, batch.modality).detach()
-    similarity = features[:4] @ features[4:].t()
-    assert torch.equal(similarity.argmax(1), torch.arange(4))
 
 
 def test_one_iteration_at_the_official_size() -> None:
