@@ -265,6 +265,25 @@ def test_without_eps_equal_positions_get_no_gradient(room: str) -> None:
             assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_reconstruction_that_is_nearly_the_map(room: str, kind: torch.dtype) -> None:
+    """Some positions meet their copy: |f - w|^2 cancels in inner products, on either side."""
+    x = person(3, 40, 5, 4)
+    x[1, :, 1:4] = x[0, :, 1:4] * 1.0078125
+    pairs = [torch.tensor(i) for i in ([2, 0, 1], [1, 2, 1])]
+    results = []
+    for at, where in ((DOUBLE, "reference"), (kind, room)):
+        leaf = x.to(kind).to(device_of(where), at, copy=True).requires_grad_()
+        with fastreid_vi.backend(where):
+            for index in (pairs, pairs[::-1]):
+                loss = ops.dense_alignment(leaf, *(i.to(leaf.device) for i in index)).loss
+                results.append((loss, *torch.autograd.grad(loss, leaf)))
+    for want, got in zip(results[:2], results[2:], strict=True):
+        assert frobenius(got[0], want[0].double()) < (1e-5 if kind == torch.float32 else 4e-3)
+        assert frobenius(got[1], want[1]) < (1e-4 if kind == torch.float32 else 2e-2)
+
+
 def test_a_partner_out_of_range_is_never_read() -> None:
     x, good = person(2, 8, 3, 2), torch.tensor([1, 0])
     for bad in (torch.tensor([0, 2]), torch.tensor([-1, 0]), torch.tensor([0, 2**62])):
