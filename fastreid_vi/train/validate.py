@@ -97,7 +97,8 @@ class Judge:
         recipe: the run.
         eval_on: "validation", or "test" when that was asked for by name.
     Raises:
-        TrainError: the validation split lacks a modality, or the test split its permutations.
+        TrainError: the validation split lacks a modality, the test split its permutations, or no
+            query has a match.
     """
 
     def __init__(
@@ -117,9 +118,19 @@ class Judge:
             lists = [validation.select(validation.modality == m) for m in (INFRARED, VISIBLE)]
             if not all(map(len, lists)):
                 raise TrainError("validation: the held-out identities lack a modality")
+        if lists:
+            self._refuse_unscorable(lists)
         size = recipe.data.identities * recipe.data.images
         # Made once: a loader may keep its decoded images.
         self._loaders = [(eval_loader(i, recipe.data, batch_size=size), i) for i in lists]
+
+    def _refuse_unscorable(self, lists: list[ImageList]) -> None:
+        """Score zeros: a split without a valid query must not be found out after an epoch."""
+        blank = [Embeddings(np.zeros((len(i), 1)), i.pids, i.cams, i.paths) for i in lists]
+        try:
+            self._evaluate(*blank)
+        except ValueError as error:
+            raise TrainError(f"{self.split}: cannot be scored: {error}") from error
 
     def due(self, epoch: int) -> bool:
         """Whether `epoch` ends with an evaluation: every `eval_every` epochs and after the last."""
