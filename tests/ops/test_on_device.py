@@ -27,6 +27,19 @@ class Official(NamedTuple):
     backward: int
 
 
+def triplet_of_maps(x: Tensor, labels: Tensor, modality: Tensor) -> Tensor:
+    """The first, second and last third of the rows are maps of layer 4."""
+    anchor, positive, negative = x.view(3, -1, 2048, 18, 9)
+    weight = torch.ones_like(anchor[:, :1].detach())
+    return ops.dense_triplet_loss(anchor, positive, negative, weight, weighting="batch")
+
+
+def block_of_maps(x: Tensor, labels: Tensor, modality: Tensor) -> Tensor:
+    """Each row is a map of layer 3; partners are the next sample, and the one after it."""
+    maps, order = x.view(-1, 1024, 18, 9), torch.arange(len(x), device=x.device)
+    return ops.dense_alignment(maps, order.roll(1), order.roll(2), weighting="batch").loss
+
+
 CASES = {
     "batch_hard_triplet_loss": Official(
         lambda x, y, m: ops.batch_hard_triplet_loss(x, y).loss, 128, 14336, 2, 2
@@ -43,6 +56,8 @@ CASES = {
     "cross_modality_retrieval_loss": Official(
         lambda x, y, m: ops.cross_modality_retrieval_loss(x, y, m), 128, 2048, 5, 5
     ),
+    "dense_triplet_loss": Official(triplet_of_maps, 48, 2048 * 162, 3, 1),
+    "dense_alignment": Official(block_of_maps, 16, 1024 * 162, 20, 40),
 }
 ROOMS = [(op, room) for op in CASES for room in OPS[op].backends if room in ("cuda", "triton")]
 
