@@ -120,7 +120,7 @@ def _error(got: Array, want: Array, scale: float | None) -> float:
     if got.size == 0:
         return 0.0
     if want.dtype.kind in "US" or got.dtype.kind in "US":
-        return float(not np.array_equal(got, want)) or 0.0
+        return 0.0 if np.array_equal(got, want) else 1.0
     found, wanted = got.astype(np.float64), want.astype(np.float64)
     finite = np.isfinite(wanted)
     if not np.array_equal(np.isnan(found), np.isnan(wanted)):
@@ -130,7 +130,7 @@ def _error(got: Array, want: Array, scale: float | None) -> float:
     if not finite.any():
         return 0.0
     largest = np.abs(wanted[finite]).max() if scale is None else scale
-    return float(np.abs(found - wanted)[finite].max() / (largest or 1.0))
+    return float(np.abs(found[finite] - wanted[finite]).max() / (largest or 1.0))
 
 
 def tensor(value: Any, dtype: torch.dtype, device: str) -> Any:
