@@ -134,7 +134,7 @@ def test_checkpoint_of_another_class_count(call, mpanet: Path, tmp_path: Path) -
     [
         ("not json", "not JSON"),
         ({"name": "a config of something else"}, "not a run of fastreid_vi"),
-        ({"method": "osnet"}, "expected one of baseline, mpanet, got 'osnet'"),
+        ({"method": "osnet"}, "expected one of baseline, aligngan, lba, mpanet, mcja, got 'osnet'"),
         ({"gamma": 3}, "unknown field 'gamma'"),
         ({"optim": {"lr": "high"}}, "recipe.optim.lr: expected"),
         (
