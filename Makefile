@@ -54,7 +54,7 @@ gpu:
 	@python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null \
 	  || { echo "make gpu: python3 sees no CUDA device (torch.cuda.is_available() is False); nothing was run"; exit 1; }
 	python3 -m pip install --quiet --no-deps --no-build-isolation -e .
-	python3 -m pytest -q -p no:cacheprovider tests/ops tests/test_dispatch.py
+	python3 -m pytest -q -p no:cacheprovider tests/ops tests/test_dispatch.py tests/train/test_on_device.py
 	mkdir -p $(RESULTS)
 	python3 -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/gpu.json
 	python3 benchmarks/report.py $(RESULTS)/gpu.json
