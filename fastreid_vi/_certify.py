@@ -44,7 +44,8 @@ def run(
     Args:
         golden: folder of the vectors; by default FASTREID_VI_GOLDEN or this checkout's.
         only: names of ops or methods, parts of their or their cases' names; all by default.
-        backends: rooms to try; by default all that are built, and methods with the ones chosen.
+        backends: rooms to try; by default the one of FASTREID_VI_BACKEND, or all that are built, and
+            methods with the ones that are chosen.
         device: "cpu" or "cuda"; all that are here by default.
         out: JSON file to write the result to.
         progress: called with (done, total).
@@ -56,7 +57,8 @@ def run(
     """
     if out is not None and not out.parent.is_dir():
         raise CertifyError(f"--out: {out.parent}: no such folder")
-    selection = Selection(only=tuple(only), backends=tuple(backends), devices=devices(device))
+    asked = tuple(backends) or tuple(filter(None, [_backend.forced()]))
+    selection = Selection(only=tuple(only), backends=asked, devices=devices(device))
     for name in selection.backends:
         if name not in _backend.BACKENDS:
             known = ", ".join(_backend.BACKENDS)

@@ -169,14 +169,15 @@ def procedure_tasks(
 def _rooms(procedure: Procedure, selection: Selection, device: str) -> Iterable[str]:
     if procedure.rooms:
         return [r for r in procedure.rooms if not selection.backends or r in selection.backends]
-    other = {"cpu": "cuda", "cuda": "cpu"}[device]
-    return [r for r in selection.backends if r != other] if selection.backends else [CHOSEN]
+    others = ({"cpu": "cuda", "cuda": "cpu"}[device], "retrieval")
+    return [r for r in selection.backends if r not in others] if selection.backends else [CHOSEN]
 
 
 def _fill(row: Row, checks: Callable[[], Iterator[Check]]) -> Row:
     """Run; a room's refusal is no fault, anything else that is raised is one."""
     try:
-        with nullcontext() if row.backend == CHOSEN else _backend.backend(row.backend):
+        forced = nullcontext() if row.backend == CHOSEN else _backend.backend(row.backend)
+        with forced, _full_precision():
             row.checks = list(checks())
     except GoldenError:
         raise
@@ -187,6 +188,21 @@ def _fill(row: Row, checks: Callable[[], Iterator[Check]]) -> Row:
         else:
             row.fault = text
     return row
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 in float32: cuDNN takes TF32 otherwise, which has 10 bits."""
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def devices(wanted: str | None) -> tuple[str, ...]:

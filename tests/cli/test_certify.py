@@ -195,6 +195,21 @@ def test_a_room_that_did_not_run_fails(call, monkeypatch: pytest.MonkeyPatch) ->
     assert all(row.fault == f"the {row.backend} room did not run" for row in rows)
 
 
+def test_products_are_in_full_precision_meanwhile_only() -> None:
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before, seen = [setting.fp32_precision for setting in settings], []
+
+    def look(golden: Any, dtype: torch.dtype, device: str) -> Any:
+        seen.append([setting.fp32_precision for setting in settings])
+        yield compare("it", "forward", [1.0], exact([1.0]), dtype)
+
+    procedure = certify.Procedure(owner="look", name="look", run=look)
+    rows = [t.run() for t in certify.runner.procedure_tasks([procedure], GOLD, CPU)]
+    assert all(row.ok for row in rows)
+    assert seen == [["ieee", "ieee"]] * 2
+    assert [setting.fp32_precision for setting in settings] == before
+
+
 def test_a_case_that_compares_nothing_fails() -> None:
     case = dataclasses.replace(CASES[0], results={}, gradients={}, cotangents={})
     tasks = certify.runner.op_tasks([lambda golden: iter([case])], GOLD, CPU)
@@ -213,6 +228,18 @@ def test_no_golden_vectors(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "--golden or FASTREID_VI_GOLDEN" in said.complaint
     monkeypatch.setenv("FASTREID_VI_GOLDEN", str(GOLDEN))
     assert call("certify", "--only", "feature_mask", "--device", "cpu").code == 0
+
+
+def test_an_installation_without_its_source(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTREID_VI_GOLDEN", raising=False)
+    monkeypatch.setattr(certify.vectors, "__file__", str(tmp_path / "a" / "b" / "vectors.py"))
+    said = call("certify")
+    assert said.code == 1
+    assert said.complaint.startswith(
+        "golden vectors: this is not a checkout; they are tests/golden"
+    )
 
 
 def test_a_missing_or_damaged_file_is_named(call, tmp_path: Path) -> None:
@@ -256,6 +283,13 @@ def test_a_room_that_is_not_built_is_skipped(call, monkeypatch: pytest.MonkeyPat
     said = say(call, "--only", "gem_pool", "--backend", "cpu")
     assert said.code == 1
     assert said.complaint == "nothing to certify: the C++ extension _C was not built"
+
+
+def test_a_backend_that_is_forced_from_outside(call) -> None:
+    with certify_backend("reference"):
+        code, found = result(call, "--only", "gem_pool", "mutual_mean")
+    assert code == 0
+    assert {row["backend"] for row in found["rows"]} == {"reference"}
 
 
 def test_one_room_alone(call) -> None:
