@@ -44,7 +44,7 @@ def run(
     Args:
         golden: folder of the vectors; by default FASTREID_VI_GOLDEN or this checkout's.
         only: names of ops or methods, parts of their or their cases' names; all by default.
-        backends: rooms to try; by default the one of FASTREID_VI_BACKEND, or all that are built, and
+        backends: rooms to try; by default the one of FASTREID_VI_BACKEND or all that are built, and
             methods with the ones that are chosen.
         device: "cpu" or "cuda"; all that are here by default.
         out: JSON file to write the result to.

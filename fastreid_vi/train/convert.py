@@ -34,7 +34,7 @@ class Official(NamedTuple):
 
     state: dict[str, Tensor]
     beside: tuple[str, ...] = ()
-    """Entries beside the state dict (metrics, epoch)."""
+    """Entries beside the state dict that are not read (metrics, optimisers)."""
     epoch: int = 0
     step: int = 0
 
@@ -60,7 +60,7 @@ def read_official(path: Path) -> Official:
     state, rest = _state(value, path)
     if state and all(key.startswith(PARALLEL) for key in state):
         state = {key.removeprefix(PARALLEL): tensor for key, tensor in state.items()}
-    epoch = rest.get("epoch", 0)
+    epoch = rest.pop("epoch", 0)
     return Official(state, tuple(rest), epoch if isinstance(epoch, int) and epoch > 0 else 0)
 
 
