@@ -138,6 +138,7 @@ def _table(runs: Sequence[ReportedRun]) -> Section | None:
     if not settings:
         return None
     head = "".join(f"<th scope=col>{name}</th>" for name in METRICS)
+    single = {run.name for run in runs if run.protocol == "regdb"}  # one gallery, no deviation
     rows = []
     for setting in settings:
         rows.append(
@@ -151,7 +152,9 @@ def _table(runs: Sequence[ReportedRun]) -> Section | None:
             for metric in METRICS:
                 value = means[name][metric]
                 best = len(scored) > 1 and value == max(m[metric] for m in means.values())
-                number = f"{100 * value:.1f} <small>± {100 * spread[metric]:.1f}</small>"
+                number = f"{100 * value:.1f}"
+                if name not in single:
+                    number += f" <small>± {100 * spread[metric]:.1f}</small>"
                 cells += f"<td>{f'<b>{number}</b>' if best else number}</td>"
             rows.append(f"<tr><th scope=row>{_page.text(name)}</th>{cells}</tr>")
         chance = next((run.chance[setting] for run in runs if setting in run.chance), None)
@@ -235,8 +238,9 @@ def _histogram(runs: Sequence[ReportedRun], seed: int) -> Section | None:
         return None
     note = (
         "Cosine distances between infrared queries and the whole visible gallery pool (test "
-        f"identities), pairs of one location left out; at most {HISTOGRAM_QUERIES} queries, drawn "
-        f"with seed {seed}. Each area is one: less overlap is better."
+        "identities), without the pairs that the protocol leaves out; at most "
+        f"{HISTOGRAM_QUERIES} queries, drawn with seed {seed}. Each area is one: less overlap is "
+        "better."
     )
     alt = "Distance histogram. " + "; ".join(
         f"{name}: median {np.median(same):.3f} same person, "

@@ -103,6 +103,7 @@ def test_report(call, layout: str, run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "visible to infrared" in page
     assert "no real persons" in page
+    assert ("<small>±" in page) == (layout == "llcm"), "one trial has no deviation"
     assert {"regdb": "the visible images of trial 3", "llcm": "of each person and camera, trial 1"}[
         layout
     ] in page
