@@ -24,8 +24,8 @@ def published(name: str) -> Recipe:
     """
     from fastreid_vi import methods
 
-    method, _, dataset = name.partition("-")
-    return methods.recipe(method, dataset or "sysu")
+    method, dash, dataset = name.partition("-")
+    return methods.recipe(method, dataset if dash else "sysu")
 
 
 def take_name(rest: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -168,6 +168,8 @@ class DistributionAdapter(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; B >= 2 in training."""
+        if self.training and type(self.norm_bn) is not nn.BatchNorm2d:
+            return self._in_parts(features)
         assert self.sc_conv.bias is not None  # nn.Conv2d has one by default
         out = ops.distribution_adapter(
             features,
@@ -190,6 +192,14 @@ class DistributionAdapter(nn.Module):
             for norm in (self.ca_bn, self.norm_bn):
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.add_(1)
+        return out
+
+    def _in_parts(self, features: Tensor) -> Tensor:
+        """The same by PyTorch's modules: norms that other processes take part in are not fused."""
+        attention = self.sc_conv(features).flatten(2).softmax(dim=-1)  # [B, M, S]
+        context = features.flatten(2) @ attention.transpose(1, 2)  # [B, C, M]
+        gate = self.ca_bn(self.ca_conv(context).squeeze(-1)).sigmoid()  # [B, C]
+        out: Tensor = features + self.norm_bn(gate[:, :, None, None] * features)
         return out
 
 

@@ -14,6 +14,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastreid_vi._distributed import world_size
+
 
 class _Joined(torch.autograd.Function):
     """Normalises by the mean and variance over the rows of all processes.
@@ -74,7 +76,7 @@ class JoinedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C, ...]; evaluation as in the class it stands for."""
         self._check_input_dim(input)
-        if not self.training and self.running_mean is not None:
+        if not self.training or world_size() == 1:
             return super().forward(input)
         join: Callable[..., tuple[Tensor, ...]] = _Joined.apply
         y, mean, variance, count = join(input, self.weight, self.bias, self.eps)
@@ -97,8 +99,7 @@ def synchronise(module: nn.Module, device: torch.device) -> None:
     """Let every batch norm inside `module` use the rows of all processes.
 
     Parameters, buffers and their names stay. Norms are replaced where they stand, before an
-    optimiser is built; a module that only holds a norm's parameters for an op of its own
-    (`layers.DistributionAdapter`) keeps local statistics.
+    optimiser is built.
 
     Args:
         module: changed in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
+from fastreid_vi.layers import DistributionAdapter
 from fastreid_vi.train.batchnorm import JoinedBatchNorm, synchronise
 from fastreid_vi.train.checkpoint import load_safetensors
 from fastreid_vi.train.distributed import Team, own_device
@@ -18,7 +20,7 @@ from fastreid_vi.train.errors import StoppedElsewhere, TrainError
 from tests.train.crew import finish, launch, recipe_of, run
 
 CPU = torch.device("cpu")
-METHODS = ("baseline", "mpanet")
+METHODS = ("baseline", "mpanet", "mcja")
 FINAL = Path("checkpoints/last/model.safetensors")
 
 
@@ -173,6 +175,22 @@ def test_converted_norms_keep_their_names_and_tensors() -> None:
     assert all(after[name] is before[name] for name in before)
     assert not model[5].training
     assert not model[5].bias.requires_grad
+
+
+def test_an_adapter_in_parts_is_the_fused_one() -> None:
+    torch.manual_seed(2)
+    fused = DistributionAdapter(6).double()
+    nn.init.normal_(fused.norm_bn.weight)
+    nn.init.normal_(fused.ca_bn.weight)
+    parts = copy.deepcopy(fused)
+    synchronise(parts, CPU)
+    assert isinstance(parts.norm_bn, JoinedBatchNorm)
+    features = torch.randn(5, 6, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(_trained(parts, features), _trained(fused, features))
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parts.get_parameter(name).grad, parameter.grad)
+    for name, buffer in fused.named_buffers():
+        torch.testing.assert_close(parts.get_buffer(name), buffer)
 
 
 def _agreements(rank: int) -> Any:
