@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from fastreid_vi.certify import (
     aligngan_networks,
+    augment,
     layouts,
     method_aligngan,
     method_lba,
@@ -40,6 +41,7 @@ PROCEDURES: tuple[Callable[[], Iterable[Procedure]], ...] = tuple(
         method_mcja,
         aligngan_networks,
         method_aligngan,
+        augment,
         samplers,
         layouts,
     )

@@ -1,10 +1,11 @@
-"""AlignGAN's networks alone: generator, both discriminators, embedder."""
+"""AlignGAN's networks alone (generator, both discriminators, embedder) and its triplets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +13,12 @@ from fastreid_vi.certify.cases import Check, Procedure, Want, compare
 from fastreid_vi.certify.fill import fill_embedder, filled
 from fastreid_vi.certify.vectors import Array, Golden
 from fastreid_vi.methods.aligngan.discriminator import Discriminator, JointDiscriminator
-from fastreid_vi.methods.aligngan.embedder import Embedder
+from fastreid_vi.methods.aligngan.embedder import Embedded, Embedder
 from fastreid_vi.methods.aligngan.generator import Generator
+from fastreid_vi.methods.aligngan.losses import Side, batch_hard
 
 _OUT, _GRAD = 1e-5, 1e-4
+_TRIPLETS = ("cross", "same", "soft_rank_1_2", "p18k4", "no_positive", "no_negative")
 
 
 def procedures() -> Iterator[Procedure]:
@@ -25,6 +28,7 @@ def procedures() -> Iterator[Procedure]:
         ("discriminators plain", _plain),
         ("discriminators cond", _joint),
         ("embedder", _embedder),
+        ("triplet, all forms", _triplets),
     ):
         yield Procedure(owner="aligngan", name=f"aligngan/{name}", run=run)
 
@@ -150,3 +154,39 @@ def _embedder(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[Check
     out = network.eval()(features)
     for name, got in (("eval_logits", out.logits), ("eval_embedding", out.embedding)):
         yield compare(name, "forward", got, _out(v[name]), dtype)
+
+
+def _side(embedding: Tensor, labels: Tensor) -> Side:
+    return Side(Embedded(embedding, embedding, embedding), labels)
+
+
+def _triplets(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[Check]:
+    """Also the k-th hardest, and the terms of the pixel stage with either order of labels."""
+    for name in _TRIPLETS:
+        v = golden.case("aligngan/triplet", name)
+        first, second = (
+            _tensor(v[key], device, dtype).requires_grad_() for key in ("emb1", "emb2")
+        )
+        labels, others = (torch.from_numpy(v[key]).to(device) for key in ("l1", "l2"))
+        candidates = None if v["same_tensor"] else _side(second, others)
+        soft = int(v["soft_bh"][0]), int(v["soft_bh"][1])
+        loss = batch_hard(_side(first, labels), candidates, margin=float(v["margin"]), soft_bh=soft)
+        loss.backward()  # type: ignore[no-untyped-call]
+        yield compare(name, "forward", loss, Want(v["loss"], _OUT, _OUT, 1.0), dtype)
+        for key, leaf in (("g1", first), ("g2", second)):
+            if key == "g1" or candidates is not None:
+                scale = max(float(np.abs(v[key]).max()), 1e-2)
+                want = Want(v[key], _GRAD, _GRAD, scale)
+                yield compare(f"{name} {key}", "gradient", leaf.grad, want, dtype)
+    v = golden.case("aligngan/triplet", "pixel_terms")
+    fake, real = (_tensor(v[key], device, dtype) for key in ("fake", "real"))
+    visible, rolled = (torch.from_numpy(v[key]).to(device) for key in ("rgb_pids", "ir_pids"))
+    for layout, infrared in (("aligned", visible), ("misaligned", rolled)):
+        made, seen = _side(fake, visible), _side(real, infrared)
+        found = {
+            f"{layout}_1": batch_hard(made, seen),
+            f"{layout}_2_feature_stage": batch_hard(seen, made),
+            f"{layout}_2_pixel_stage": batch_hard(_side(real, visible), _side(fake, infrared)),
+        }
+        for key, loss in found.items():
+            yield compare(key, "forward", loss, _out(v[key]), dtype)
