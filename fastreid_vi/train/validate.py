@@ -15,8 +15,8 @@ from fastreid_vi.evaluation import (
     Embeddings,
     RankMetrics,
     evaluate_llcm,
-    evaluate_regdb,
     evaluate_sysu,
+    regdb_table,
 )
 from fastreid_vi.methods.base import Method
 from fastreid_vi.train.embed import embed_all
@@ -28,9 +28,10 @@ _RANKS = (1, 5, 10, 20)
 _TRIALS = 10
 # What an evaluation during training measures, in words.
 _PROTOCOLS = {
-    "sysu": f"all-search, single-shot, {_TRIALS} galleries",
-    "regdb": "all images of the gallery",
-    "llcm": f"one image of each person and camera, {_TRIALS} galleries",
+    "sysu": f"infrared queries, visible gallery, all-search, single-shot, {_TRIALS} galleries",
+    "regdb": "mean of both directions, all images of the gallery",
+    "llcm": "infrared queries, visible gallery, one image of each person and camera, "
+    f"{_TRIALS} galleries",
 }
 
 
@@ -85,11 +86,11 @@ def training_split(dataset: TrainingData, recipe: Recipe) -> TrainingSplit:
 
 
 class Judge:
-    """Scores a method by its data set's protocol: infrared queries search visible galleries.
+    """Scores a method by its data set's protocol.
 
-    SYSU-MM01: all-search, single-shot, ten galleries, drawn with the seeds 0..9 on the validation
-    split, by the data set's permutations on the test split. RegDB: the whole gallery. LLCM: ten
-    galleries.
+    Infrared queries search visible galleries. SYSU-MM01: all-search, single-shot, ten galleries,
+    drawn with the seeds 0..9 on the validation split, by the data set's permutations on the test
+    split. LLCM: ten galleries. RegDB: the mean of both directions, as MPANet and MCJA choose.
 
     Args:
         dataset: the data set that is trained on.
@@ -154,18 +155,21 @@ class Judge:
                 )
                 for loader, images in self._loaders
             )
-        mean = self._evaluate(query, gallery)
-        ranks = {f"R{k}": float(mean.cmc[k - 1]) for k in _RANKS}
-        return {**ranks, "mAP": float(mean.mAP), "mINP": float(mean.mINP)}
+        means = self._evaluate(query, gallery)
+        ranks = {f"R{k}": float(np.mean([m.cmc[k - 1] for m in means])) for k in _RANKS}
+        precision, penalty = (np.mean([getattr(m, n) for m in means]) for n in ("mAP", "mINP"))
+        return {**ranks, "mAP": float(precision), "mINP": float(penalty)}
 
-    def _evaluate(self, query: Embeddings, gallery: Embeddings) -> RankMetrics:
+    def _evaluate(self, query: Embeddings, gallery: Embeddings) -> list[RankMetrics]:
+        """Of each direction that counts."""
         if self._recipe.dataset == "regdb":
-            return evaluate_regdb(query, gallery, direction="ir_to_vis").mean
+            return [evaluation.mean for evaluation in regdb_table(query, gallery).values()]
         if self._recipe.dataset == "llcm":
-            return evaluate_llcm(query, gallery, trials=_TRIALS, direction="ir_to_vis").mean
-        return evaluate_sysu(
+            return [evaluate_llcm(query, gallery, trials=_TRIALS, direction="ir_to_vis").mean]
+        found = evaluate_sysu(
             query, gallery, self._permutations, mode="all", shots=1, trials=_TRIALS
-        ).mean
+        )
+        return [found.mean]
 
     def verdict(self, evaluations: list[dict[str, Any]], epoch: int, step: int) -> dict[str, Any]:
         """best.json: the best evaluated epoch, or the last one, and how it was chosen.
@@ -193,7 +197,7 @@ class Judge:
             where = f"{self._recipe.data.validation} training identities held out for validation"
         chosen = (
             f"highest R1, then mAP, then the later epoch, of {len(evaluations)} evaluated; "
-            f"infrared queries, visible gallery, {_PROTOCOLS[self._recipe.dataset]}; on {where}"
+            f"{_PROTOCOLS[self._recipe.dataset]}; on {where}"
         )
         return {**best, "chosen": chosen, "evaluations": evaluations}
 

@@ -248,7 +248,8 @@ def test_published_numbers() -> None:
     assert sysu.schedule.epochs == 81
     assert sysu.model == LbAOptions(weighting="batch")
     assert (sysu.model.dt_weight, sysu.model.temperature, sysu.model.margin) == (0.5, 50.0, 0.3)
-    assert replace(regdb, dataset="sysu") == sysu
+    assert replace(regdb, dataset="sysu", data=data) == sysu
+    assert regdb.data == replace(data, label_order="file")
     assert (llcm.data.height, llcm.data.width, llcm.data.identities) == (384, 144, 6)
     assert replace(llcm, dataset="sysu", data=data) == sysu
 

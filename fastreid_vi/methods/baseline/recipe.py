@@ -91,8 +91,10 @@ def sysu() -> BaselineRecipe:
 
 
 def regdb() -> BaselineRecipe:
-    """RegDB: as on SYSU-MM01."""
-    return dataclasses.replace(sysu(), dataset="regdb")
+    """RegDB: as on SYSU-MM01, with the labels of its lists."""
+    recipe = sysu()
+    data = dataclasses.replace(recipe.data, label_order="file")
+    return dataclasses.replace(recipe, dataset="regdb", data=data)
 
 
 def llcm() -> BaselineRecipe:

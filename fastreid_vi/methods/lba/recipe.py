@@ -137,8 +137,10 @@ def sysu() -> LbARecipe:
 
 
 def regdb() -> LbARecipe:
-    """RegDB: as on SYSU-MM01."""
-    return dataclasses.replace(sysu(), dataset="regdb")
+    """RegDB: as on SYSU-MM01, with the labels of its lists."""
+    recipe = sysu()
+    data = dataclasses.replace(recipe.data, label_order="file")
+    return dataclasses.replace(recipe, dataset="regdb", data=data)
 
 
 def llcm() -> LbARecipe:

@@ -97,7 +97,8 @@ def regdb() -> MCJARecipe:
     return dataclasses.replace(
         recipe,
         dataset="regdb",
-        data=dataclasses.replace(recipe.data, identities=4, images=32),
+        # The labels in RegDB's lists are not looked at.
+        data=dataclasses.replace(recipe.data, identities=4, images=32, label_order="sorted"),
         schedule=dataclasses.replace(recipe.schedule, epochs=300, milestones=()),
         model=dataclasses.replace(recipe.model, mda_m=12),
     )
