@@ -43,6 +43,7 @@ class _Joined(torch.autograd.Function):
 
 
 _alone = contextvars.ContextVar("alone", default=False)
+_equal = contextvars.ContextVar("equal", default=False)
 
 
 @contextmanager
@@ -53,6 +54,16 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone.reset(token)
+
+
+@contextmanager
+def equal_shares() -> Iterator[None]:
+    """Inside, every process promises as many rows as the others: sizes are not exchanged."""
+    token = _equal.set(True)
+    try:
+        yield
+    finally:
+        _equal.reset(token)
 
 
 def world_size(group: Any = None) -> int:
@@ -78,8 +89,8 @@ def joined(
         embeddings: [N, D], floating; N may differ between processes.
         labels: each [N], int64.
         group: process group; None is the default one.
-        equal_sizes: promise that N is the same everywhere: saves the exchange of the sizes, which
-            waits for the device.
+        equal_sizes: promise that N is the same everywhere, as inside `equal_shares`: saves the
+            exchange of the sizes, which waits for the device.
         averaged: True where gradients are averaged over the processes afterwards, as
             DistributedDataParallel does: they are multiplied by the number of processes here, so
             that the average is the gradient of the joined batch.
@@ -95,7 +106,7 @@ def joined(
     world = world_size(group)
     if world == 1:
         return embeddings, *labels
-    if equal_sizes:
+    if equal_sizes or _equal.get():
         sizes = (embeddings.shape[0],) * world
     else:
         counts = [torch.zeros(1, dtype=torch.int64, device=embeddings.device) for _ in range(world)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastreid_vi import losses
+from fastreid_vi import _distributed, losses
 
 WORLD = 2
 SIZES = {"equal": (12, 12), "uneven": (9, 15), "empty": (24, 0)}
@@ -68,6 +69,15 @@ def work(rank: int, folder: Path) -> None:
     references = (2 * x).requires_grad_()
     losses.BatchHardTripletLoss(gather=True)(anchors, labels, references, labels).backward()
     results["references"] = (anchors.grad, references.grad)
+    exchanges: list[int] = []
+    gather = torch.distributed.all_gather
+    torch.distributed.all_gather = lambda *a, **k: (exchanges.append(1), gather(*a, **k))
+    for promise in (contextlib.nullcontext(), _distributed.equal_shares()):
+        with promise:
+            before = len(exchanges)
+            joined = _distributed.joined(x, labels)
+            results[f"exchanges {type(promise).__name__}"] = len(exchanges) - before
+        results[f"joined {type(promise).__name__}"] = joined
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -118,6 +128,18 @@ def test_averaged_suits_distributed_data_parallel(results: list[dict[str, Any]],
     called(modules()[name], name, network(x), labels, modality).backward()
     for piece in results:
         torch.testing.assert_close(piece[f"ddp {name}"], network.weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_promise_of_equal_shares_saves_the_exchange_of_sizes(
+    results: list[dict[str, Any]],
+) -> None:
+    for piece in results:
+        asked, promised = (
+            name.removeprefix("exchanges ") for name in piece if name.startswith("exchanges ")
+        )
+        assert piece[f"exchanges {asked}"] == piece[f"exchanges {promised}"] + 1 == 3
+        for one, other in zip(piece[f"joined {asked}"], piece[f"joined {promised}"], strict=True):
+            assert torch.equal(one, other)
 
 
 def test_references_are_gathered_too(results: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastreid_vi._checks import NonFiniteError
+from fastreid_vi._distributed import equal_shares
 from fastreid_vi.config import Batch, OptimConfig, Precision
 from fastreid_vi.methods.base import Method
 from fastreid_vi.train.errors import NonFiniteLoss, TrainError
@@ -194,7 +195,8 @@ class Stepper:
         return terms, True
 
     def _backward(self, phase: Phase, batch: Batch, share: int) -> dict[str, Tensor]:
-        with autocast(self.device, self.dtype):
+        # Shares of a batch hold as many rows in every process: losses need not ask.
+        with autocast(self.device, self.dtype), equal_shares():
             losses = self.method(self.method.phase_batch(batch, phase.name), phase.name)
         total = losses.total if share == 1 else losses.total / share
         self.players[phase.player].backward(total)
