@@ -91,7 +91,9 @@ class DataConfig:
     splits: tuple[str, ...] = ("train", "val")
     """Identity lists that are trained on; the field trains on train + val."""
     label_order: Literal["sorted", "file"] = "sorted"
-    """Order of the training labels; converting an MPANet or MCJA checkpoint needs "file"."""
+    """Training labels: rank of the pid, or as the data set's lists have them. MPANet and MCJA have
+    "file" on SYSU-MM01 and "sorted" on RegDB, AGW and LbA the other way round; matters for training
+    on from a converted checkpoint only."""
     resize: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     """Pillow filter of the resize step."""
     flip: float = 0.5
