@@ -141,6 +141,7 @@ def far_squares(
         p, g, gram, total, mask, pair.index, far, pair.q.channels, size, pair.k.batches,
         eps=eps, CANCELLED=CANCELLED, BLOCK_I=side, BLOCK_J=block(size, 32), BLOCK_K=16,
         **gram_products(p.dtype), **OPTIONS, num_warps=WARPS,
+        maxnreg=255,  # left to itself, ptxas aims at 128 and spills
     )  # fmt: skip
     return far
 

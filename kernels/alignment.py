@@ -127,7 +127,8 @@ class _BlockGradient:
         gradient._direct_inner_kernel[(2 * self.batch * blocks * blocks,)](
             self.p, self.x.tensor, self.dr.tensor, self.mask, self.direct, self.index, self.d,
             *self.x[1:4], *self.x[4:], *self.dr[4:], blocks,
-            eps=self.eps, BLOCK_I=side, BLOCK_J=side, BLOCK_C=block(self.x.channels, 32),
+            eps=self.eps, BLOCK_I=side, BLOCK_J=side,
+            BLOCK_C=block(self.x.channels, 16 if dtype == torch.float64 else 32),
             **products(dtype, exact=False), **OPTIONS,
         )  # fmt: skip
 
