@@ -145,6 +145,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         device=args.device,
         eval_on=args.eval_on,
         resume_hint=resume,
+        forecast=True,
     )
     console.say(f"checkpoint: {result.checkpoint}")
     console.say(f"next: {PROGRAM} eval {shlex.quote(str(run_dir))}")

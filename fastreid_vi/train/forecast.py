@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import fastreid_vi.methods.base as base
 from fastreid_vi._distributed import alone
 from fastreid_vi.config import Batch, OptimConfig, Recipe
-from fastreid_vi.methods import base
 from fastreid_vi.methods.base import Method
 from fastreid_vi.train.errors import TrainError
 from fastreid_vi.train.players import Phase, phases_of

