@@ -145,6 +145,21 @@ class Team:
                 grad.copy_(part.view(grad.shape))
 
     @torch.no_grad()
+    def average_buffers(self, module: nn.Module) -> None:
+        """Give running statistics their mean over processes.
+
+        Those of batch norms that are joined already agree; those of instance norms are moving
+        averages over images, and the mean over equal shares is that of the whole batch.
+        """
+        if self.world == 1:
+            return
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                mean = buffer.contiguous()
+                dist.all_reduce(mean)
+                buffer.copy_(mean / self.world)
+
+    @torch.no_grad()
     def share(self, module: nn.Module) -> None:
         """Give every process the parameters and buffers of process 0."""
         if self.world == 1:

@@ -102,7 +102,7 @@ def train(
             # last checkpoint instead of saving half a step.
             if isinstance(error, TrainError):
                 raise
-            if stop.signum is not None:
+            if stop.explains(error) and stop.signum is not None:
                 raise run.interrupted(stop.signum) from error
             if distributed.is_lost_peer(error):
                 raise StoppedElsewhere("another process of this run is gone") from error
@@ -268,7 +268,7 @@ class _Run:
                     group = list(itertools.islice(batches, size))
             except Exception as error:
                 # A signal to the whole process group ends the loader's processes before ours.
-                failure = error if self.stop.signum is None else None
+                failure = None if self.stop.explains(error) else error
             signum = self.team.agreed(self.stop.signum, failed=failure is not None)
             if failure is not None:
                 raise failure
@@ -298,6 +298,7 @@ class _Run:
             raise TrainError(f"epoch {here.epoch}: no step was finite, {here.skipped} left out")
         rate, seconds = clock.rate, round(clock.seconds, 3)
         self._write("epoch", here.whole.take(), images_per_second=rate, seconds=seconds)
+        self._join_buffers()
         evaluated = self.judge.due(here.epoch)
         if evaluated:
             metrics = self.team.first(lambda: self.judge.score(self.method, self.device))
@@ -315,8 +316,13 @@ class _Run:
         if signum is not None and not finished:
             self._halt(signum)
 
+    def _join_buffers(self) -> None:
+        if self.recipe.run.bn == "sync":
+            self.team.average_buffers(self.method)
+
     def _save(self) -> None:
         self.terms.read()
+        self._join_buffers()
         self.progress.metrics_bytes = self.log.flush()
         self.keeper.save(self.progress, self.batch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,16 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+
+    def explains(self, error: Exception) -> bool:
+        """Whether a signal is why something failed.
+
+        One that ends the loader's processes may reach them a moment before it reaches us.
+        """
+        deadline = time.monotonic() + (1.0 if "DataLoader worker" in str(error) else 0.0)
+        while self.signum is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.signum is not None
 
     def __enter__(self) -> StopRequest:
         # Only the main thread gets signals; elsewhere the caller stays in charge of them.
