@@ -266,6 +266,7 @@ class _Run:
             try:
                 if self.stop.signum is None:
                     group = list(itertools.islice(batches, size))
+                    self.stop.ignore_children()
             except Exception as error:
                 # A signal to the whole process group ends the loader's processes before ours.
                 failure = None if self.stop.explains(error) else error

@@ -23,9 +23,11 @@ class StopRequest:
 
         One that ends the loader's processes may reach them a moment before it reaches us.
         """
-        deadline = time.monotonic() + (1.0 if "DataLoader worker" in str(error) else 0.0)
-        while self.signum is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if "DataLoader worker" in str(error):
+            self.ignore_children()  # the next one would raise right here
+            deadline = time.monotonic() + 1.0
+            while self.signum is None and time.monotonic() < deadline:
+                time.sleep(0.01)
         return self.signum is not None
 
     def __enter__(self) -> StopRequest:
@@ -36,14 +38,22 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.signum is not None:  # the loader is cleared away later still
+            self._previous.pop(signal.SIGCHLD, None)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler or signal.SIG_DFL)
 
     def _remember(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signum is None:
-            # The loader's handler would raise in the middle of a step when the signal, sent to the
-            # whole process group, also ends the loader's processes.
-            self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.ignore_children()
         self.signum = signum
+
+    def ignore_children(self) -> None:
+        """Drop the handler that the loader sets with its first batch.
+
+        It raises in the middle of a step when a signal to the whole process group also ends the
+        loader's processes. Without it their end is noticed when the next batch is asked for.
+        """
+        if self._previous and signal.SIGCHLD not in self._previous:
+            self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
