@@ -51,11 +51,24 @@ EPOCHS = {
 SPECIAL: dict[str, list[str]] = {
     "baseline": [],
     "mpanet": [],
-    # An epoch of the others has about 28 batches; a pass of LbA's sampler would be three times that.
+    # An epoch of the others has about 28 batches, a pass of this sampler three times as many.
     "lba": ["--data.sampler", "paired_identity", "--schedule.iterations", "28"],
     # At the published strength the ranks are affine: too little moves in minutes.
     "mcja": ["--model.cmr-strength", "0.05"],
-    "aligngan": [],
+    # No stage A: many identities a batch teach an encoder from scratch, infrared ones alone do not.
+    # A hard-mined cosine triplet makes it collapse at full weight. Running statistics of so few
+    # steps are not what the generators trained with.
+    "aligngan": [
+        *("--data.sampler", "uniform", "--data.identities", "32", "--data.images", "2"),
+        *("--data.pixel-identities", "8", "--model.pixel-images", "16"),
+        *("--model.conv-dim", "16", "--model.residual-blocks", "2", "--model.dropout", "0"),
+        *("--model.encoder-size", "96", "48", "--model.in-eval", "instance"),
+        *("--model.feature-triplet-weight", "0.2", "--model.margin", "0.3"),
+        *("--model.soft-bh", "0", "4", "--model.feature-warmup-epochs", "0"),
+        *("--model.pixel-warmup-epochs", "4", "--optim.lr", "1e-3", "--pixel-optim.lr", "1e-3"),
+        *("--schedule.iterations", "28", "--schedule.warmup-epochs", "6"),
+        *("--schedule.epochs", "28", "--schedule.milestones", "23", "26"),
+    ],
 }
 
 
