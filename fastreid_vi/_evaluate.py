@@ -165,6 +165,7 @@ def embed(
     """
     from fastreid_vi import train
     from fastreid_vi.data import eval_loader
+    from fastreid_vi.train.checkpoint import WEIGHTS
 
     place = train.choose_device(device)
     method, header = load_method(target, dataset)
@@ -185,8 +186,9 @@ def embed(
                 )
             )
     weights = target.weights.resolve()  # `best` and `last` are links that move
-    checkpoint = {"path": str(weights.parent if header else weights)}
-    checkpoint |= {"epoch": header.epoch, "step": header.step} if header else {}
+    checkpoint = {"path": str(weights.parent if weights.name == WEIGHTS else weights)}
+    if header and header.epoch:  # a converted file knows no epoch
+        checkpoint |= {"epoch": header.epoch, "step": header.step}
     return found[0], found[1], checkpoint
 
 

@@ -192,7 +192,7 @@ def test_eval_takes_a_converted_file(call, recipe, tree: Path, tmp_path: Path) -
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert result["method"] == "mpanet"
-    assert result["checkpoint"]["path"] == str(ours.parent)
+    assert result["checkpoint"]["path"] == str(ours)
 
 
 # Refused: one line, exit code 1, nothing written.
