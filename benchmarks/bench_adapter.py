@@ -61,6 +61,6 @@ def bench_distribution_adapter(run: Any, peer: str, shape: str, maps: int, mode:
     weights[1] = weights[1].detach()
     work = Workload(
         "distribution_adapter", ops.distribution_adapter, others, (x, *weights), 1e-3,
-        8 * x.numel(),
+        8 * x.numel(), 20 * x.numel(),
     )  # fmt: skip
     run(work, peer, mode, f"{shape}_m{maps}")

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 import fastreid_vi
-from benchmarks.bench_correspondence import mask_eager, matched, min_max, person_map, warp_eager
+from benchmarks.bench_correspondence import (
+    mask_eager,
+    matched,
+    min_max,
+    person_map,
+    product_flops,
+    warp_eager,
+)
 from benchmarks.bench_dense_triplet import triplet_eager
 from benchmarks.conftest import DEVICE, GPU, MODES, Workload, peers, relative_error, rooms_of
 from fastreid_vi import ops
@@ -60,7 +67,10 @@ def bench_dense_alignment(run: Any, peer: str, shape: str, mode: str) -> None:
     x = person_map(shape)
     others = {"eager": dense_eager, "tidy": dense_eager}
     args = (x, *partners(len(x)))
-    run(Workload("dense_alignment", dense, others, args, 3e-5, 8 * x.numel()), peer, mode, shape)
+    size, one = x.numel(), product_flops(x)
+    flops = 4 * one, 12 * one  # cosines and warp of two pairings; their gradients are twice that
+    work = Workload("dense_alignment", dense, others, args, 3e-5, 8 * size, 20 * size, flops)
+    run(work, peer, mode, shape)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,7 +80,10 @@ def bench_align_features(run: Any, peer: str, shape: str, mode: str) -> None:
     x = person_map(shape)
     others = {"eager": align_eager, "tidy": align_eager}
     args = (x, partners(len(x))[0])
-    run(Workload("align_features", align, others, args, 3e-5, 8 * x.numel()), peer, mode, shape)
+    size, one = x.numel(), product_flops(x)
+    flops = 2 * one, 6 * one
+    work = Workload("align_features", align, others, args, 3e-5, 8 * size, 20 * size, flops)
+    run(work, peer, mode, shape)
 
 
 def gradients(

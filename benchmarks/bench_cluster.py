@@ -49,5 +49,7 @@ def bench_center_cluster_loss(run: Any, peer: str, shape: str, mode: str) -> Non
     def ours(x: Tensor, labels: Tensor) -> Tensor:
         return ops.center_cluster_loss(x, labels).loss
 
-    work = Workload("center_cluster_loss", ours, others, (x, labels), 1e-4, 4 * x.numel())
+    work = Workload(
+        "center_cluster_loss", ours, others, (x, labels), 1e-4, 4 * x.numel(), 12 * x.numel()
+    )
     run(work, peer, mode, shape)

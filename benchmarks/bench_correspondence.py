@@ -24,6 +24,13 @@ def person_map(shape: str, seed: int = 0, batch: int | None = None) -> Tensor:
     return x.to(DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
+def product_flops(x: Tensor) -> int:
+    """Of all inner products between the positions of two maps like `x`, sample by sample."""
+    batch, channels, *size = x.shape
+    positions: int = size[0] * size[1]
+    return 2 * batch * channels * positions**2
+
+
 def min_max(values: Tensor) -> Tensor:
     """[B, 1, H, W] stretched to [0, 1] sample by sample."""
     low = values.amin(dim=(2, 3), keepdim=True)
@@ -57,8 +64,12 @@ def bench_correspondence_warp(run: Any, peer: str, shape: str, mode: str) -> Non
         return ops.correspondence_warp(source, target).warped
 
     others = {"eager": warp_eager, "tidy": warp_eager}
-    bytes_moved = 12 * args[0].numel()
-    run(Workload("correspondence_warp", ours, others, args, 3e-5, bytes_moved), peer, mode, shape)
+    size, flops = args[0].numel(), product_flops(args[0])
+    work = Workload(
+        "correspondence_warp", ours, others, args, 3e-5, 12 * size, 32 * size,
+        (2 * flops, 6 * flops),
+    )  # fmt: skip
+    run(work, peer, mode, shape)
 
 
 @pytest.mark.parametrize("shape", ["lba_alignment_layer4"])

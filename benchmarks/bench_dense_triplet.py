@@ -29,12 +29,13 @@ def triplet_eager(anchor: Tensor, positive: Tensor, negative: Tensor, weight: Te
 def bench_dense_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> None:
     maps = [person_map(shape, seed) for seed in range(3)]
     generator = torch.Generator().manual_seed(4)
-    size = (maps[0].shape[0], 1, *maps[0].shape[2:])
-    weight = torch.rand(size, generator=generator).to(DEVICE)
+    shape_of_weight = (maps[0].shape[0], 1, *maps[0].shape[2:])
+    weight = torch.rand(shape_of_weight, generator=generator).to(DEVICE)
 
     def ours(anchor: Tensor, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
         return ops.dense_triplet_loss(anchor, positive, negative, weight, weighting="batch")
 
     others = {"eager": triplet_eager, "tidy": triplet_eager}
-    work = Workload("dense_triplet_loss", ours, others, (*maps, weight), 3e-5, 12 * maps[0].numel())
+    size = maps[0].numel()
+    work = Workload("dense_triplet_loss", ours, others, (*maps, weight), 3e-5, 12 * size, 36 * size)
     run(work, peer, mode, shape)

@@ -41,5 +41,6 @@ def bench_pairwise_distance(run: Any, peer: str, shape: str, mode: str) -> None:
         (x,),
         5e-2,
         4 * x.numel(),
+        12 * x.numel(),
     )
     run(work, peer, mode, shape)

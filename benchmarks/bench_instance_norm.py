@@ -56,11 +56,13 @@ def bench_instance_norm_act(
         # A unit whose input rounds to the other side of zero changes the gradient by one entry.
         work = Workload(
             "instance_norm_act", ops.instance_norm_act, others, (x, weight, bias), 2e-3,
-            8 * x.numel(),
+            8 * x.numel(), 20 * x.numel(),
         )  # fmt: skip
     else:
         others = {"eager": residual_eager, "tidy": residual_tidy}
         residual = x.detach().flip(0).contiguous(memory_format=getattr(torch, layout))
         args = (x, weight, bias, residual.requires_grad_())
-        work = Workload("instance_norm_act", residual_ours, others, args, 3e-5, 12 * x.numel())
+        work = Workload(
+            "instance_norm_act", residual_ours, others, args, 3e-5, 12 * x.numel(), 24 * x.numel()
+        )
     run(work, peer, mode, f"{shape}_{follows}_{layout.removesuffix('_format')}")

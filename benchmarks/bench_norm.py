@@ -41,6 +41,12 @@ def bench_modality_alleviation(run: Any, peer: str, shape: str, mode: str) -> No
     args = (x, w1.to(DEVICE).requires_grad_(), w2.to(DEVICE).requires_grad_())
     others = {"eager": alleviation_eager, "tidy": alleviation_tidy}
     work = Workload(
-        "modality_alleviation", ops.modality_alleviation, others, args, 3e-5, 8 * x.numel()
+        "modality_alleviation",
+        ops.modality_alleviation,
+        others,
+        args,
+        3e-5,
+        8 * x.numel(),
+        20 * x.numel(),
     )
     run(work, peer, mode, shape)

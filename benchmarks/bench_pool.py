@@ -30,7 +30,9 @@ def gem_tidy(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("peer", peers("gem_pool", "tidy", "compiled"))
 def bench_gem_pool(run: Any, peer: str, shape: str, mode: str) -> None:
     x = feature_map(shape)
-    work = Workload("gem_pool", ops.gem_pool, {"tidy": gem_tidy}, (x,), 1e-5, 4 * x.numel())
+    work = Workload(
+        "gem_pool", ops.gem_pool, {"tidy": gem_tidy}, (x,), 1e-5, 4 * x.numel(), 12 * x.numel()
+    )
     run(work, peer, mode, shape)
 
 
@@ -61,7 +63,9 @@ def bench_pattern_pool(run: Any, peer: str, shape: str, mode: str) -> None:
     others = {"eager": pattern_eager, "tidy": pattern_tidy}
     args = (x, weight, bias)
     run(
-        Workload("pattern_pool", ops.pattern_pool, others, args, 3e-5, 4 * x.numel()),
+        Workload(
+            "pattern_pool", ops.pattern_pool, others, args, 3e-5, 4 * x.numel(), 12 * x.numel()
+        ),
         peer,
         mode,
         shape,
@@ -92,6 +96,12 @@ def bench_map_separation_loss(run: Any, peer: str, mode: str) -> None:
     maps = torch.rand(batch, 6, height, width, generator=generator).to(DEVICE).requires_grad_()
     others = {"eager": separation_eager, "tidy": separation_tidy}
     work = Workload(
-        "map_separation_loss", ops.map_separation_loss, others, (maps,), 3e-5, 4 * maps.numel()
+        "map_separation_loss",
+        ops.map_separation_loss,
+        others,
+        (maps,),
+        3e-5,
+        4 * maps.numel(),
+        12 * maps.numel(),
     )
     run(work, peer, mode, "mpanet_384x128_maps")

@@ -52,6 +52,6 @@ def bench_resize_normalize(run: Any, peer: str, layout: str, mode: str) -> None:
     # PyTorch's coordinates are float32.
     work = Workload(
         "resize_normalize", ours, {"eager": eager, "tidy": tidy}, (images,), 1e-4,
-        4 * (images.numel() + out),
+        4 * (images.numel() + out), 8 * (images.numel() + out),
     )  # fmt: skip
     run(work, peer, mode, f"aligngan_encoder_input_{layout.removesuffix('_format')}")

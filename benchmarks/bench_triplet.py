@@ -64,7 +64,9 @@ def bench_batch_hard_triplet_loss(run: Any, peer: str, shape: str, mode: str) ->
     def ours(x: Tensor, labels: Tensor) -> Tensor:
         return ops.batch_hard_triplet_loss(x, labels).loss
 
-    work = Workload("batch_hard_triplet_loss", ours, others, (x, labels), 1e-3, 4 * x.numel())
+    work = Workload(
+        "batch_hard_triplet_loss", ours, others, (x, labels), 1e-3, 4 * x.numel(), 12 * x.numel()
+    )
     run(work, peer, mode, shape)
 
 
@@ -110,5 +112,7 @@ def bench_weighted_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> N
         return ops.weighted_triplet_loss(x, labels).loss
 
     # The expanded square leaves noise on the diagonal, where a gradient must vanish: a loose gate.
-    work = Workload("weighted_triplet_loss", ours, others, (x, labels), 5e-2, 4 * x.numel())
+    work = Workload(
+        "weighted_triplet_loss", ours, others, (x, labels), 5e-2, 4 * x.numel(), 12 * x.numel()
+    )
     run(work, peer, mode, shape)
