@@ -21,7 +21,7 @@ from fastreid_vi.methods.base import Losses
 from fastreid_vi.train.optim import build_optimizer, phase_parameters
 from fastreid_vi.train.players import phases_of
 
-_NETWORKS = {  # golden name -> ours, offset of its fill
+NETWORKS = {  # golden name -> ours, offset of its fill
     "G_rgb2ir": ("visible_to_infrared", 100),
     "G_ir2rgb": ("infrared_to_visible", 200),
     "D_rgb": ("visible_discriminator", 300),
@@ -51,7 +51,8 @@ def procedures() -> Iterator[Procedure]:
         )
 
 
-def _network(v: Mapping[str, Array], device: str) -> AlignGAN:
+def released(v: Mapping[str, Array], device: str = "cpu") -> AlignGAN:
+    """The golden file's tiny networks, in float64."""
     *_, classes, s = (int(n) for n in v["cfg_P_K_ncls_seed"])
     options = AlignGANOptions(
         conv_dim=2,
@@ -61,7 +62,7 @@ def _network(v: Mapping[str, Array], device: str) -> AlignGAN:
         pixel_triplet_labels="official",
     )
     network = AlignGAN(classes, options, backbone=PooledConv()).double()
-    for name, offset in _NETWORKS.values():
+    for name, offset in NETWORKS.values():
         part = network.get_submodule(name)
         if name == "embedder":
             fill_embedder(part, s + offset)
@@ -76,7 +77,9 @@ def _network(v: Mapping[str, Array], device: str) -> AlignGAN:
     return network.to(device)
 
 
-def _batch(v: Mapping[str, Array], device: str, infrared_pids: str = "pids") -> Batch:
+def golden_batch(v: Mapping[str, Array], device: str = "cpu", infrared_pids: str = "pids") -> Batch:
+    """The golden file's images, visible then infrared."""
+
     def read(name: str) -> Tensor:
         low = (v[name].astype(np.float64) / 127.5 - 1).astype(np.float32)
         wide = torch.from_numpy(low).double().expand(-1, 3, -1, -1)
@@ -111,7 +114,7 @@ def _gradients(
 ) -> Iterator[Check]:
     """Gradients in full, by their norm, or by their first elements."""
     for name in names:
-        part = network.get_submodule(_NETWORKS[name][0])
+        part = network.get_submodule(NETWORKS[name][0])
         for field in (key for key in stage if key.split("__")[1:2] == [name]):
             kind, _, key = field.split("__")
             own = f"conv.{key[2:]}" if name == "encoder" else key
@@ -130,8 +133,8 @@ def _compared(values: Mapping[str, tuple[Any, Any]], bound: float) -> Iterator[C
 
 def _warm_feature(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[Check]:
     v = golden.load("aligngan/steps")
-    stage, network = golden.case("aligngan/steps", "warm_feature"), _network(v, device)
-    losses = _backward(network, _batch(v, device)._replace(paired=0), "feature_warmup")
+    stage, network = golden.case("aligngan/steps", "warm_feature"), released(v, device)
+    losses = _backward(network, golden_batch(v, device)._replace(paired=0), "feature_warmup")
     terms = losses.terms
     yield from _compared(
         {
@@ -151,8 +154,8 @@ def _warm_feature(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[C
 
 def _joint_feature(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[Check]:
     v = golden.load("aligngan/steps")
-    stage, network = golden.case("aligngan/steps", "joint_feature"), _network(v, device)
-    terms = _backward(network, _batch(v, device), "feature").terms
+    stage, network = golden.case("aligngan/steps", "joint_feature"), released(v, device)
+    terms = _backward(network, golden_batch(v, device), "feature").terms
     calls = {key: stage[f"calls_{key}"] for key in ("mse", "cls", "tri")}
     yield from _compared(
         {
@@ -175,9 +178,9 @@ def _joint_feature(golden: Golden, dtype: torch.dtype, device: str) -> Iterator[
 def _pixel(case: str, golden: Golden, dtype: torch.dtype, device: str) -> Iterator[Check]:
     """The generators, then both discriminators; every network's optimiser steps."""
     v = golden.load("aligngan/steps")
-    stage, network = golden.case("aligngan/steps", case), _network(v, device)
+    stage, network = golden.case("aligngan/steps", case), released(v, device)
     rolled = "pids_rolled" if case.endswith("pids") else "pids"
-    batch = _batch(v, device, rolled)
+    batch = golden_batch(v, device, rolled)
     generators, d_rgb, d_ir = _PIXEL[case]
     terms = _backward(network, batch, generators).terms
     calls = {key: stage[f"calls_{key}"] for key in ("mse", "cycle", "identity", "cls", "tri")}

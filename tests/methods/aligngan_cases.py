@@ -28,18 +28,6 @@ OWN = {
 }
 
 
-class PooledConv(Trunk):
-    """Adaptive average pool to 6 x 3, 1 x 1 convolution, ReLU: the encoder of the golden steps."""
-
-    def __init__(self, channels: int = 2048) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, channels, 1)
-        self.out_channels = channels
-
-    def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
-        return self.conv(nn.functional.adaptive_avg_pool2d(images, (6, 3))).relu()
-
-
 class NormedConv(Trunk):
     """Convolution of stride 8, batch norm, ReLU."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,14 +29,6 @@ def case(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def filled(shape: Iterable[int], s: int, scale: float) -> Tensor:
-    """The README's H(shape, s, scale)."""
-    shape = tuple(shape)
-    k = np.arange(int(np.prod(shape)), dtype=np.int64)
-    values = scale * (((31 * k * k + 7919 * k + 104729 * s) % 10007) / 10007 - 0.5)
-    return torch.from_numpy(values.astype(np.float32).reshape(shape)).double()
-
-
 def check_gradients(network: nn.Module, v: dict[str, np.ndarray], tolerance: float) -> int:
     """Gradients in full, by norm, by first elements; how many were there."""
     counted = 0
@@ -57,14 +48,3 @@ def check_gradients(network: nn.Module, v: dict[str, np.ndarray], tolerance: flo
             close(gradient, expected, tolerance)
         counted += 1
     return counted
-
-
-def fill_embedder(network: nn.Module, s: int) -> None:
-    for q, (name, p) in enumerate(network.named_parameters()):
-        if p.dim() > 1:
-            value = filled(p.shape, s + q, 4 / np.sqrt(p.shape[1]))
-        elif name.endswith("bottle.1.weight"):
-            value = 1 + filled(p.shape, s + q, 0.5)
-        else:
-            value = filled(p.shape, s + q, 0.2)
-        p.data.copy_(value)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastreid_vi.certify.networks import PooledConv
 from fastreid_vi.config import Batch
 from fastreid_vi.methods.aligngan import AlignGAN, AlignGANOptions
-from tests.methods.aligngan_cases import SMALL, STAGES, PooledConv, backward, paired_batch
+from tests.methods.aligngan_cases import SMALL, STAGES, backward, paired_batch
 
 WORLD = 2
 Found = dict[str, Tensor]

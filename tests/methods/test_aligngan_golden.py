@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastreid_vi import ops
+from fastreid_vi.certify.fill import fill_embedder, filled
+from fastreid_vi.certify.networks import PooledConv
 from fastreid_vi.evaluation import rank_metrics
 from fastreid_vi.methods.aligngan import AlignGAN, AlignGANOptions, losses
 from fastreid_vi.methods.aligngan.discriminator import Discriminator, JointDiscriminator
@@ -16,13 +18,10 @@ from fastreid_vi.methods.aligngan.embedder import Embedded, Embedder
 from fastreid_vi.methods.aligngan.generator import Generator, GeneratorNorm
 from fastreid_vi.methods.aligngan.losses import Side
 from tests.conftest import golden
-from tests.methods.aligngan_cases import PooledConv
 from tests.methods.aligngan_golden import (
     case,
     check_gradients,
     close,
-    fill_embedder,
-    filled,
     tensor,
 )
 

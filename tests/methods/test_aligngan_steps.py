@@ -7,72 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
-from fastreid_vi.config import INFRARED, VISIBLE, Batch
+from fastreid_vi.certify.method_aligngan import NETWORKS, golden_batch, released
 from fastreid_vi.methods import recipe
-from fastreid_vi.methods.aligngan import AlignGAN, AlignGANOptions, losses
-from fastreid_vi.methods.aligngan.generator import GeneratorNorm
+from fastreid_vi.methods.aligngan import AlignGAN, losses
 from fastreid_vi.methods.base import Losses
 from tests.conftest import golden
-from tests.methods.aligngan_cases import JOINT, WARMUP, PooledConv, backward, build
-from tests.methods.aligngan_golden import (
-    case,
-    check_gradients,
-    close,
-    fill_embedder,
-    filled,
-)
-
-NETWORKS = {
-    "G_rgb2ir": ("visible_to_infrared", 100),
-    "G_ir2rgb": ("infrared_to_visible", 200),
-    "D_rgb": ("visible_discriminator", 300),
-    "D_rgb_warmup": ("visible_warmup_discriminator", 400),
-    "D_ir_warmup": ("infrared_warmup_discriminator", 500),
-    "D_ir": ("infrared_discriminator", 600),
-    "encoder": ("backbone", 700),
-    "embeder": ("embedder", 800),
-}
-
-
-def released(v: dict[str, np.ndarray]) -> AlignGAN:
-    """The golden file's networks in float64."""
-    *_, classes, s = (int(n) for n in v["cfg_P_K_ncls_seed"])
-    options = AlignGANOptions(
-        conv_dim=2,
-        residual_blocks=1,
-        dropout=0.0,
-        pixel_images=0,
-        pixel_triplet_labels="official",
-    )
-    network = AlignGAN(classes, options, backbone=PooledConv()).double()
-    for name, offset in NETWORKS.values():
-        part = network.get_submodule(name)
-        if name == "embedder":
-            fill_embedder(part, s + offset)
-            continue
-        norms = {id(m.weight) for m in part.modules() if isinstance(m, GeneratorNorm)}
-        for q, p in enumerate(part.parameters()):
-            scale = 3 / np.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.3
-            value = filled(p.shape, s + offset + q, scale)
-            if id(p) in norms:
-                value = 1 + filled(p.shape, s + offset + q, 0.5)
-            p.data.copy_(value)
-    return network
-
-
-def golden_batch(v: dict[str, np.ndarray], infrared_pids: str = "pids") -> Batch:
-    def images(name: str) -> Tensor:
-        low = torch.from_numpy((v[name].astype(np.float64) / 127.5 - 1).astype(np.float32)).double()
-        return low.expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-    labels = np.concatenate([v["pids"], v[infrared_pids]])
-    modality = torch.tensor([VISIBLE, INFRARED]).repeat_interleave(len(v["pids"]))
-    stacked = torch.cat([images("rgb_low_u8"), images("ir_low_u8")])
-    k = int(v["cfg_P_K_ncls_seed"][1])
-    return Batch(stacked, torch.from_numpy(labels), modality, modality, k)
+from tests.methods.aligngan_cases import JOINT, WARMUP, backward, build
+from tests.methods.aligngan_golden import case, check_gradients, close
 
 
 class Calls:
@@ -138,7 +81,7 @@ def test_feature_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pixel_iteration(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     v = golden("aligngan/steps")
     rolled = "pids_rolled" if which.endswith("pids") else "pids"
-    network, batch, calls = released(v), golden_batch(v, rolled), Calls(monkeypatch)
+    network, batch, calls = released(v), golden_batch(v, infrared_pids=rolled), Calls(monkeypatch)
     stage = case(v, which)
     pixel, plain = recipe("aligngan", "sysu").optim_of("generators"), which == "joint_pixel"
     phases = WARMUP if which == "warm_pixel" else JOINT[1:]
