@@ -13,10 +13,11 @@ so that no exchange waits for a CUDA device.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,17 @@ def launched() -> bool:
 def rank() -> int:
     """Number of this process among those of its launcher, before any of them has met; else 0."""
     return int(os.environ["RANK"]) if launched() else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process of torchrun at once, its output written.
+
+    While an interpreter shuts down, gloo's threads abort now and then ("terminate called without an
+    active exception"), and torchrun would take a finished run for a dead one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

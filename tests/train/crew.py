@@ -19,6 +19,7 @@ from fastreid_vi import methods
 from fastreid_vi.config import Batch, OptimConfig, RunConfig, ScheduleConfig
 from fastreid_vi.data import SysuMM01
 from fastreid_vi.train import Interrupted, StoppedElsewhere, seed_everything, train, training_split
+from fastreid_vi.train.distributed import leave
 from fastreid_vi.train.step import Stepper
 from tests.train import small
 
@@ -148,4 +149,4 @@ def main(names: str, root: str, folder: str, *flags: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main(*sys.argv[1:]))
+    leave(main(*sys.argv[1:]))
