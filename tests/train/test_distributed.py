@@ -15,7 +15,7 @@ from torch import multiprocessing, nn
 from fastreid_vi.layers import DistributionAdapter
 from fastreid_vi.train.batchnorm import JoinedBatchNorm, synchronise
 from fastreid_vi.train.checkpoint import load_safetensors
-from fastreid_vi.train.distributed import Team, own_device
+from fastreid_vi.train.distributed import Team, leave, own_device
 from fastreid_vi.train.errors import StoppedElsewhere, TrainError
 from tests.train.crew import finish, launch, recipe_of, run
 
@@ -95,6 +95,7 @@ def _one_of_two(rank: int, folder: str, work: Any) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.save(work(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    leave(0)
 
 
 @pytest.fixture
