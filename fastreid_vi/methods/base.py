@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastreid_vi.backbone import Trunk
 from fastreid_vi.config import INFRARED, VISIBLE, Batch
@@ -185,3 +186,15 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def widened(tensor: Tensor) -> Tensor:
     """float32 for half precision: losses and distances are never computed in less."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows [B, n] that have a label, 0 with a graph where there are none."""
+    counted = (labels != IGNORED).sum().clamp(min=1)
+    total = functional.cross_entropy(widened(logits), labels, ignore_index=IGNORED, reduction="sum")
+    return total / counted
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Fraction of rows whose largest logit is their label's; no gradient."""
+    return (logits.detach().argmax(1) == labels).float().mean()

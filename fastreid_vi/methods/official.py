@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fastreid_vi.backbone import Depth, depth_of
 from fastreid_vi.methods.base import OfficialKeyError
 
 # Prefix of each ResNet of AGW, our prefix for the entries of its stem and of its layers (None:
@@ -78,6 +79,15 @@ def agw_names(state: Mapping[str, Tensor]) -> dict[str, str | None]:
             names.update({prefix + n: None if ours is None else ours + n for n in entries})
     names.update({n: n for n in state if not n.startswith("backbone.")})
     return names
+
+
+def agw_size(state: Mapping[str, Tensor]) -> tuple[int, Depth]:
+    """Identities and depth of the network that an AGW state dict seems to belong to."""
+    prefix = RESNETS[-1][0]
+    trunk = (name.removeprefix(prefix) for name in state if name.startswith(prefix))
+    classes = state.get("classifier.weight")
+    num_ids = max(len(classes), 1) if classes is not None and classes.dim() else 1
+    return num_ids, depth_of(trunk)
 
 
 def agw_state(

@@ -16,7 +16,8 @@ from fastreid_vi import ops
 from fastreid_vi._distributed import joined, world_size
 from fastreid_vi.methods.aligngan.embedder import Embedded
 from fastreid_vi.methods.aligngan.recipe import AlignGANOptions
-from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.base import Losses, accuracy, widened
+from fastreid_vi.methods.base import cross_entropy as identity
 
 
 class Side(NamedTuple):
@@ -34,17 +35,6 @@ def adversarial(scores: Tensor, target: float) -> Tensor:
 def distance(images: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference over all pixels (L1 loss)."""
     return (widened(images) - widened(target)).abs().mean()
-
-
-def identity(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy; rows with label -1 are left out."""
-    total = F.cross_entropy(widened(logits), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of rows whose largest logit is their label's."""
-    return (logits.detach().argmax(1) == labels).float().mean()
 
 
 def batch_hard(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastreid_vi import ops
 from fastreid_vi._distributed import joined
-from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.base import Losses, accuracy, cross_entropy, widened
 from fastreid_vi.methods.baseline.recipe import BaselineOptions
 
 
@@ -33,10 +32,8 @@ def baseline_losses(
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = widened(logits)
-        counted = (labels != IGNORED).sum().clamp(min=1)
-        identity = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
+        identity = cross_entropy(logits, labels)
         rows, row_labels = joined(widened(embeddings), labels, averaged=True)
         triplet = ops.batch_hard_triplet_loss(rows, row_labels, margin=options.margin).loss
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-    terms = {"identity": identity, "triplet": triplet, "accuracy": accuracy}
+    terms = {"identity": identity, "triplet": triplet, "accuracy": accuracy(logits, labels)}
     return Losses(terms, identity + options.triplet_weight * triplet)

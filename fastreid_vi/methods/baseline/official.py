@@ -13,13 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastreid_vi.backbone import depth_of
 from fastreid_vi.methods.base import OfficialKeyError
 from fastreid_vi.methods.baseline.model import Baseline
 from fastreid_vi.methods.baseline.recipe import BaselineOptions
-from fastreid_vi.methods.official import agw_names, agw_state, renamed
+from fastreid_vi.methods.official import agw_names, agw_size, agw_state, renamed
 
-_TRUNK, _NON_LOCAL = "base_resnet.base.", "NL_"
+_NON_LOCAL = "NL_"
 
 
 def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -62,8 +61,6 @@ def to_official(
 
 def _network(state: Mapping[str, Tensor]) -> Baseline:
     """The network that an official state dict seems to belong to, without storage."""
-    trunk = (name.removeprefix(_TRUNK) for name in state if name.startswith(_TRUNK))
-    classes = state.get("classifier.weight")
-    num_ids = max(len(classes), 1) if classes is not None and classes.dim() else 1
+    num_ids, depth = agw_size(state)
     with torch.device("meta"):
-        return Baseline(num_ids, BaselineOptions(depth=depth_of(trunk), weights="none"))
+        return Baseline(num_ids, BaselineOptions(depth=depth, weights="none"))

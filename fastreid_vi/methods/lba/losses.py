@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastreid_vi import _distributed, ops
-from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.base import Losses, accuracy, cross_entropy, widened
 from fastreid_vi.methods.lba.recipe import LbAOptions
 
 
@@ -48,23 +47,17 @@ def lba_losses(
     terms: dict[str, Tensor] = {}
     with torch.autocast(outputs.logits.device.type, enabled=False):
         logits = widened(outputs.logits)
-        terms["identity"] = _cross_entropy(logits, labels)
+        terms["identity"] = cross_entropy(logits, labels)
         terms["triplet"] = _batch_hard(widened(outputs.pooled), labels, options.margin, equal_sizes)
         total = terms["identity"] + options.triplet_weight * terms["triplet"]
         for layer, aligned_logits in outputs.aligned_logits.items():
-            term = terms[f"consistency{layer}"] = _cross_entropy(widened(aligned_logits), labels)
+            term = terms[f"consistency{layer}"] = cross_entropy(widened(aligned_logits), labels)
             total = total + options.ic_weight * term
         for layer, term in outputs.dense.items():
             terms[f"dense{layer}"] = term
             total = total + options.dt_weight * term
-        terms["accuracy"] = (logits.detach().argmax(1) == labels).float().mean()
+        terms["accuracy"] = accuracy(logits, labels)
     return Losses(terms, total)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows that have a label, 0 with a graph where there are none."""
-    counted = (labels != IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
 
 
 def _batch_hard(pooled: Tensor, labels: Tensor, margin: float, equal_sizes: bool) -> Tensor:

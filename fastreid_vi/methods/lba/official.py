@@ -10,15 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastreid_vi.backbone import depth_of
 from fastreid_vi.methods.lba.model import LbA
 from fastreid_vi.methods.lba.recipe import LbAOptions
 from fastreid_vi.methods.official import agw_names as official_names
-from fastreid_vi.methods.official import agw_state, renamed
+from fastreid_vi.methods.official import agw_size, agw_state, renamed
 
 __all__ = ["from_official", "official_names", "to_official"]
-
-_TRUNK = "base_resnet.base."
 
 
 def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -59,8 +56,6 @@ def to_official(
 
 def _network(state: Mapping[str, Tensor]) -> LbA:
     """The network that an official state dict seems to belong to, without storage."""
-    trunk = (name.removeprefix(_TRUNK) for name in state if name.startswith(_TRUNK))
-    classes = state.get("classifier.weight")
-    num_ids = max(len(classes), 1) if classes is not None and classes.dim() else 1
+    num_ids, depth = agw_size(state)
     with torch.device("meta"):
-        return LbA(num_ids, LbAOptions(depth=depth_of(trunk), weights="none"))
+        return LbA(num_ids, LbAOptions(depth=depth, weights="none"))

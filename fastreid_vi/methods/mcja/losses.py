@@ -9,12 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastreid_vi import ops
 from fastreid_vi._distributed import joined
 from fastreid_vi.config import VISIBLE
-from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.base import Losses, accuracy, cross_entropy, widened
 from fastreid_vi.methods.mcja.recipe import MCJAOptions
 
 NORM_FLOOR = 1e-8
@@ -40,14 +39,12 @@ def mcja_losses(
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = widened(logits)
-        counted = (labels != IGNORED).sum().clamp(min=1)
-        identity = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / counted
+        identity = cross_entropy(logits, labels)
         rows = joined(widened(embeddings), labels, modality, averaged=True)
         retrieval = cross_modality_retrieval(
             *rows, strength=options.cmr_strength, path=options.cmr_path
         )
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-    terms = {"identity": identity, "retrieval": retrieval, "accuracy": accuracy}
+    terms = {"identity": identity, "retrieval": retrieval, "accuracy": accuracy(logits, labels)}
     return Losses(terms, identity + options.cmr_weight * retrieval)
 
 

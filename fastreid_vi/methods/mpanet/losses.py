@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastreid_vi import ops
 from fastreid_vi._distributed import joined
 from fastreid_vi.config import VISIBLE
-from fastreid_vi.methods.base import IGNORED, Losses, widened
+from fastreid_vi.methods.base import IGNORED, Losses, accuracy, widened
 from fastreid_vi.methods.mpanet.recipe import MPANetOptions
 
 
@@ -78,7 +78,6 @@ def mpanet_losses(
             + options.sid_weight * (mutual.visible + mutual.infrared)
             + options.kl_weight * mutual.divergence
         )
-        accuracy = (outputs.logits.detach().argmax(1) == labels).float().mean()
     terms = {
         "separation": separation,
         "center_cluster": center,
@@ -86,7 +85,7 @@ def mpanet_losses(
         "visible_identity": mutual.visible,
         "infrared_identity": mutual.infrared,
         "divergence": mutual.divergence,
-        "accuracy": accuracy,
+        "accuracy": accuracy(outputs.logits, labels),
     }
     return Losses(terms, total)
 
