@@ -1,4 +1,4 @@
-"""In at the border: NumPy, torch, CuPy and DLPack arrays become checked NumPy arrays."""
+"""At the border: NumPy, torch, CuPy and DLPack arrays become checked NumPy arrays, and go back."""
 
 from __future__ import annotations
 
@@ -39,6 +39,27 @@ def to_numpy(name: str, value: Any) -> npt.NDArray[Any]:
         raise ValueError(
             f"{name}: expected an array, got {type(value).__name__} ({error})"
         ) from None
+
+
+def like(reference: Any, array: npt.NDArray[Any]) -> Any:
+    """A NumPy result as the kind of array the caller works with.
+
+    Args:
+        reference: the caller's first array; it decides.
+        array: any shape and dtype that the kind knows.
+    Returns:
+        A tensor on the device of a torch tensor, a CuPy array on the device of a CuPy array; for
+        anything else `array` itself.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(reference, torch.Tensor):
+        # `order`: a tensor has no negative strides.
+        return torch.from_numpy(np.asarray(array, order="C")).to(reference.device)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(reference, cupy.ndarray):
+        with reference.device:
+            return cupy.asarray(array)
+    return array
 
 
 def real_matrix(name: str, value: Any, shape: str) -> Real:
