@@ -1,10 +1,18 @@
-"""Shared by all tests: golden vectors, poisoned memory, Triton's interpreter without a GPU."""
+"""Shared by all tests: golden vectors, poisoned memory, Triton's interpreter without a GPU.
+
+`pytest -n auto --dist loadgroup` shares the tests among processes: a file, a class or a folder of
+`TOGETHER` at a time.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch is loaded
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 import numpy as np
 import pytest
@@ -13,7 +21,10 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-GOLDEN = Path(os.environ.get("FASTREID_VI_GOLDEN", Path(__file__).parent / "golden"))
+TESTS = Path(__file__).parent
+LONGEST = "test_triton_compiles"  # begins first, so that no process waits for it at the end
+TOGETHER = ("cuda", "cli")  # their session fixtures compile the emulation, train a method
+GOLDEN = Path(os.environ.get("FASTREID_VI_GOLDEN", TESTS / "golden"))
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
@@ -46,6 +57,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem != LONGEST)
+    for item in items:
+        folder, cls = item.path.parent.name, getattr(item, "cls", None)
+        name = folder if folder in TOGETHER else f"{item.path.stem}.{cls and cls.__name__}"
+        item.add_marker(pytest.mark.xdist_group(name))
     if torch.cuda.is_available():
         return
     for item in items:
