@@ -62,13 +62,18 @@ def like(reference: Any, array: npt.NDArray[Any]) -> Any:
     return array
 
 
-def real_matrix(name: str, value: Any, shape: str) -> Real:
-    """A matrix: half precisions as float32, integers as float64, strides as they are."""
-    array = to_numpy(name, value)
+def check_real(name: str, array: npt.NDArray[Any], shape: str) -> None:
+    """Refuse what is no matrix of real numbers."""
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
         raise TypeError(f"{name}: expected real numbers {shape}, got {described(array)}")
     if array.ndim != 2:
         raise ValueError(f"{name}: expected shape {shape}, got {described(array)}")
+
+
+def real_matrix(name: str, value: Any, shape: str) -> Real:
+    """A matrix: half precisions as float32, integers as float64, strides as they are."""
+    array = to_numpy(name, value)
+    check_real(name, array, shape)
     single = array.dtype.kind == "f" and array.dtype.itemsize <= 4
     array = array.astype(np.float32 if single else np.float64, copy=False)
     whole = all(stride % array.itemsize == 0 for stride in array.strides)

@@ -12,9 +12,9 @@ from fastreid_vi.evaluation.arrays import Int, at_least_one, choice
 from fastreid_vi.evaluation.directions import Direction, check_direction
 from fastreid_vi.evaluation.galleries import Embeddings, ids_and_cams
 from fastreid_vi.evaluation.positions import CameraRule
+from fastreid_vi.evaluation.products import Metric
 from fastreid_vi.evaluation.protocols import (
     Evaluation,
-    Metric,
     Options,
     evaluate_galleries,
     make_options,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from fastreid_vi.evaluation.arrays import Int, Mask, Real, choice, real_matrix
+from fastreid_vi.evaluation.arrays import Int, choice
+from fastreid_vi.evaluation.features import Features
 from fastreid_vi.evaluation.galleries import (
     Embeddings,
     Mode,
@@ -16,7 +17,8 @@ from fastreid_vi.evaluation.galleries import (
     galleries_of,
     ids_and_cams,
 )
-from fastreid_vi.evaluation.positions import CameraRule, Labels, Ranks, make_labels, rank_rows
+from fastreid_vi.evaluation.positions import CameraRule, Ranks, make_labels
+from fastreid_vi.evaluation.products import Metric, rank_product
 from fastreid_vi.evaluation.ranking import (
     PROTOCOLS,
     CmcBy,
@@ -26,8 +28,6 @@ from fastreid_vi.evaluation.ranking import (
     summarize,
 )
 
-Metric = Literal["cosine", "inner", "euclidean", "sqeuclidean"]
-
 QUERY_CAMERAS: Final = (3, 6)
 SETTINGS: Final[tuple[tuple[Mode, int], ...]] = (
     ("all", 1),
@@ -35,8 +35,6 @@ SETTINGS: Final[tuple[tuple[Mode, int], ...]] = (
     ("indoor", 1),
     ("indoor", 10),
 )
-# Distances in memory at one time; larger blocks do not make the product faster.
-BLOCK_BYTES: Final = 2**25
 
 
 class Evaluation(NamedTuple):
@@ -218,7 +216,15 @@ def rank_galleries(
     pool_ids, pool_cams = _ids_and_cams("gallery", gallery, options.camera_rule)
     used = np.unique(np.concatenate(galleries))
     labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
-    return _rank(query, gallery, used, labels, galleries, options)
+    return rank_product(
+        Features("query", query, normalize=options.normalize),
+        Features("gallery", gallery, normalize=options.normalize),
+        used,
+        labels,
+        galleries,
+        options.metric,
+        options.threads,
+    )
 
 
 def _ids_and_cams(name: str, images: Embeddings, rule: CameraRule) -> tuple[Int, Int]:
@@ -226,75 +232,6 @@ def _ids_and_cams(name: str, images: Embeddings, rule: CameraRule) -> tuple[Int,
     if images.cams is None and rule == "none":
         images = images._replace(cams=np.zeros(len(images.ids), np.int64))
     return ids_and_cams(name, images)
-
-
-def _rank(
-    query: Embeddings,
-    gallery: Embeddings,
-    used: Int,
-    labels: Labels,
-    galleries: Sequence[Int],
-    options: Options,
-) -> Ranks:
-    """Positions of the matches, [T, Q]: one product of queries x pool, block by block."""
-    ranks = Ranks.empty(len(galleries), len(labels.query_ids))
-    rows = np.flatnonzero(_can_match(labels))
-    left = _features("query", query, rows, options.normalize)
-    right = _features("gallery", gallery, used, options.normalize)
-    if left.shape[1] != right.shape[1]:
-        raise ValueError(
-            f"query.features, gallery.features: expected equal lengths, got {left.shape[1]} and "
-            f"{right.shape[1]}"
-        )
-    dtype = np.result_type(left, right)
-    left, right = left.astype(dtype, copy=False), right.astype(dtype, copy=False)
-    # Ranking needs no |q|^2, the same for a query's whole row, and no root.
-    offset = np.einsum("nd,nd->n", right, right) if options.metric.endswith("euclidean") else None
-    left *= -1 if offset is None else -2
-    columns = [np.searchsorted(used, rows) for rows in galleries]
-    block = max(1, BLOCK_BYTES // (len(used) * dtype.itemsize))
-    distances = np.empty((min(block, len(rows)), len(used)), dtype)
-    for begin in range(0, len(rows), block):
-        part = rows[begin : begin + block]
-        distance = distances[: len(part)]
-        np.matmul(left[begin : begin + block], right.T, out=distance)
-        if offset is not None:
-            distance += offset
-        found = rank_rows(distance, labels.rows(part), columns, part, options.threads)
-        ranks.put(slice(None), part, found)
-    return ranks
-
-
-def _can_match(labels: Labels) -> Mask:
-    """Queries that keep a match among the pool images in use; the others need no distances."""
-    places = 1 + int(max(labels.query_places.max(), labels.pool_places.max()))
-    seen = np.zeros((int(labels.pool_ids.max()) + 2, places), bool)
-    seen[labels.pool_ids, labels.pool_places] = True  # the last row is nobody: identity -1
-    if labels.rule == "none":
-        return np.asarray(np.logical_or.reduce(seen, axis=1)[labels.query_ids])
-    here = seen[labels.query_ids, labels.query_places]
-    return np.asarray(seen.sum(axis=1)[labels.query_ids] > here)
-
-
-def _features(side: str, images: Embeddings, rows: Int, normalize: bool) -> Real:
-    """Some rows, copied, checked, unit vectors if asked for; a zero row stays zero."""
-    name = f"{side}.features"
-    features = real_matrix(name, images.features, "[n, D]")
-    if len(features) != len(images.ids):
-        raise ValueError(f"{name}: expected {len(images.ids)} rows, got {len(features)}")
-    features = features[rows]
-    squares = np.einsum("nd,nd->n", features, features)
-    # Sums of squares far from 1 may have over- or underflowed, or hold infinities and NaN.
-    odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
-    largest = np.abs(features[odd]).max(axis=1, initial=0)
-    if not np.isfinite(largest).all():
-        row = rows[odd[~np.isfinite(largest)][0]]
-        raise ValueError(f"{name}: row {row} is not finite")
-    if normalize:
-        features[odd] /= np.where(largest > 0, largest, 1)[:, None]
-        squares[odd] = np.einsum("nd,nd->n", features[odd], features[odd])
-        features /= np.sqrt(np.where(squares > 0, squares, 1))[:, None]
-    return features
 
 
 def over_trials(trials: list[RankMetrics]) -> Evaluation:

@@ -7,7 +7,8 @@ import numpy as np
 from fastreid_vi.evaluation.directions import Direction, check_direction
 from fastreid_vi.evaluation.galleries import Embeddings
 from fastreid_vi.evaluation.positions import CameraRule
-from fastreid_vi.evaluation.protocols import Evaluation, Metric, evaluate_galleries, make_options
+from fastreid_vi.evaluation.products import Metric
+from fastreid_vi.evaluation.protocols import Evaluation, evaluate_galleries, make_options
 from fastreid_vi.evaluation.ranking import CmcBy
 
 

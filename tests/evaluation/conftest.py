@@ -36,6 +36,12 @@ def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert ran, f"{request.param} did not run"
 
 
+def reordered(images: Embeddings, order: Any) -> Embeddings:
+    """The same images, other rows."""
+    parts = (images.features, images.ids, images.cams, images.paths)
+    return Embeddings(*(np.asarray(part)[order] for part in parts))
+
+
 def cells(vectors: dict[str, np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
     """The golden permutation file as a mapping."""
     values, offsets = vectors["perm_values"], vectors["perm_offsets"]

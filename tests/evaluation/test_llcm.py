@@ -16,6 +16,7 @@ from fastreid_vi.evaluation import (
     rank_metrics,
 )
 from tests.conftest import golden
+from tests.evaluation.conftest import reordered
 
 RAW = {"normalize": False, "metric": "sqeuclidean"}
 CASES = [
@@ -65,7 +66,7 @@ def test_golden_draws(name: str, key: str) -> None:
 def test_the_order_of_rows_does_not_matter_with_paths() -> None:
     query, gallery = side("t", paths=True), side("v", paths=True)
     order = np.random.default_rng(0).permutation(len(gallery.ids))
-    mixed = Embeddings(*(np.asarray(part)[order] for part in gallery))
+    mixed = reordered(gallery, order)
     found, expected = (evaluate_llcm(query, g, **RAW) for g in (mixed, gallery))
     assert [t.mAP for t in found.trials] == [t.mAP for t in expected.trials]
 
