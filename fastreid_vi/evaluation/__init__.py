@@ -2,6 +2,7 @@
 
 from fastreid_vi.evaluation.chance import chance_llcm, chance_regdb, chance_sysu
 from fastreid_vi.evaluation.directions import DIRECTION_NAMES, Direction
+from fastreid_vi.evaluation.embeddings import EmbeddingsError, load_embeddings, save_embeddings
 from fastreid_vi.evaluation.galleries import Embeddings, sysu_galleries
 from fastreid_vi.evaluation.llcm import evaluate_llcm, llcm_galleries, llcm_table
 from fastreid_vi.evaluation.protocols import Evaluation, evaluate_sysu, sysu_table
@@ -12,6 +13,7 @@ __all__ = [
     "DIRECTION_NAMES",
     "Direction",
     "Embeddings",
+    "EmbeddingsError",
     "Evaluation",
     "PerQuery",
     "RankMetrics",
@@ -23,8 +25,10 @@ __all__ = [
     "evaluate_sysu",
     "llcm_galleries",
     "llcm_table",
+    "load_embeddings",
     "rank_metrics",
     "regdb_table",
+    "save_embeddings",
     "sysu_galleries",
     "sysu_table",
 ]

@@ -28,6 +28,26 @@ class Embeddings(NamedTuple):
     """[n] camera numbers."""
     paths: Any = None
     """[n] paths; the file name of a gallery image is its number, as in cam1/0002/0001.jpg."""
+    modality: Any = None
+    """[n] 0 visible, 1 infrared."""
+    normalized: bool | None = None
+    """The rows are unit vectors."""
+    method: str | None = None
+    """Name of the method that embedded."""
+    checkpoint: str | None = None
+    """SHA-256 of its weights file."""
+    dataset: str | None = None
+    """Data set whose protocol tests them: "sysu", "regdb" or "llcm"."""
+    trial: int | None = None
+    """Of RegDB, 1 to 10."""
+    root: str | None = None
+    """Folder that the paths are relative to."""
+    permutations: Any = None
+    """SYSU-MM01's galleries, as for `evaluate_sysu`: (camera, pid) -> [trials, m] image numbers."""
+    spectra: Mapping[str, Any] | None = None
+    """Further feature sets of the same images, for MSER: "r", "g", "b" -> [n, D]."""
+    details: Mapping[str, Any] | None = None
+    """What else is known, JSON: the weights' path, epoch and step, versions."""
 
 
 def ids_and_cams(name: str, images: Embeddings) -> tuple[Int, Int]:

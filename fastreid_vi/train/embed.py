@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse
-from safetensors.numpy import save as serialize
 
 from fastreid_vi.config import Batch, Precision
 from fastreid_vi.data.images import ImageList
-from fastreid_vi.evaluation import Embeddings
+from fastreid_vi.evaluation import Embeddings, EmbeddingsError
+from fastreid_vi.evaluation.embeddings import read_side, write_side
 from fastreid_vi.methods.base import Method
-from fastreid_vi.train import files
-from fastreid_vi.train.checkpoint import first_line
 from fastreid_vi.train.errors import TrainError
 from fastreid_vi.train.step import autocast, compute_dtype, move
 
@@ -43,7 +36,7 @@ def embed_all(
         precision: as in `RunConfig`.
         channels_last: memory format of the images.
     Returns:
-        Float32 features [n, D] with the list's ids, cams and paths.
+        Float32 features [n, D] with the list's ids, cams, paths and modality.
     Raises:
         TrainError: the loader gave another number of images, or a feature is not finite.
     """
@@ -65,49 +58,28 @@ def embed_all(
         raise TrainError(
             f"{(~finite).sum()} of {len(images)} embeddings are not finite, first {first}"
         )
-    return Embeddings(features, images.pids, images.cams, images.paths)
+    return Embeddings(features, images.pids, images.cams, images.paths, images.modality)
 
 
 def save_embeddings(path: Path, embeddings: Embeddings) -> None:
-    """Write `<path>.safetensors` (features, ids, cams) and `<path>.json` (paths), each atomically.
+    """Write `<path>.safetensors` and `<path>.json`: one side of `evaluation.save_embeddings`.
 
     Raises:
         TrainError: they cannot be written.
     """
-    arrays: dict[str, NDArray[Any]] = {
-        "features": np.ascontiguousarray(embeddings.features, dtype=np.float32),
-        "ids": np.ascontiguousarray(embeddings.ids, dtype=np.int64),
-        "cams": np.ascontiguousarray(embeddings.cams, dtype=np.int64),
-    }
-    paths = [str(p) for p in embeddings.paths] if embeddings.paths is not None else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(_data(path), [serialize(arrays)])
-    files.write_json(_names(path), {"paths": paths})
+    try:
+        write_side(path, embeddings)
+    except EmbeddingsError as error:
+        raise TrainError(str(error)) from error
 
 
 def load_embeddings(path: Path) -> Embeddings:
-    """Inverse of `save_embeddings`.
+    """Inverse of `save_embeddings`; reads what earlier releases wrote, too.
 
     Raises:
         TrainError: missing, damaged, or not of that form.
     """
     try:
-        arrays = parse(_data(path).read_bytes())
-        paths = json.loads(_names(path).read_text())["paths"]
-        features, ids, cams = (arrays[name] for name in ("features", "ids", "cams"))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TrainError(f"cannot read embeddings {path}: {first_line(error)}") from error
-    lengths = {len(features), len(ids), len(cams), len(ids if paths is None else paths)}
-    if features.ndim != 2 or len(lengths) != 1:
-        raise TrainError(
-            f"{path}: features, ids, cams and paths disagree: lengths {sorted(lengths)}"
-        )
-    return Embeddings(features, ids, cams, None if paths is None else tuple(paths))
-
-
-def _data(path: Path) -> Path:
-    return path.with_name(path.name + ".safetensors")
-
-
-def _names(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
+        return read_side(path)
+    except EmbeddingsError as error:
+        raise TrainError(str(error)) from error
