@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from benchmarks.conftest import DEVICE, MODES, Workload, peers
 from benchmarks.shapes import FEATURE_MAPS
@@ -54,16 +54,52 @@ def warp_eager(source: Tensor, target: Tensor) -> Tensor:
     return warped.transpose(1, 2).reshape(source.shape)
 
 
+def matched_tidy(source: Tensor, target: Tensor) -> Tensor:
+    """The same without copies of the maps: norms scale the products."""
+    q, k = source.flatten(2), target.flatten(2)
+    scale = 50.0 / (q.norm(dim=1)[:, :, None] * k.norm(dim=1)[:, None, :]).clamp_min(1e-24)
+    return torch.softmax(scale * torch.bmm(q.transpose(1, 2), k), dim=2)
+
+
+def warp_tidy(source: Tensor, target: Tensor) -> Tensor:
+    rows = torch.bmm(target.flatten(2), matched_tidy(source, target).transpose(1, 2))
+    return rows.reshape(source.shape)
+
+
+def warp_attention(source: Tensor, target: Tensor) -> Tensor:
+    """PyTorch's fused attention, on normalised copies of both maps."""
+    rows = target.flatten(2).transpose(1, 2)[:, None]  # [B, 1, S, C]
+    q, k = (normalize(x.flatten(2), dim=1).transpose(1, 2)[:, None] for x in (source, target))
+    warped = scaled_dot_product_attention(q, k, rows, scale=50.0)
+    return warped[:, 0].transpose(1, 2).reshape(source.shape)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", ["lba_alignment_layer4"])
-@pytest.mark.parametrize("peer", peers("correspondence_warp", "eager", "compiled"))
+@pytest.mark.parametrize("peer", peers("correspondence_probability", "eager", "tidy", "compiled"))
+def bench_correspondence_probability(run: Any, peer: str, shape: str, mode: str) -> None:
+    args = (person_map(shape), person_map(shape, 1))
+    others = {"eager": matched, "tidy": matched_tidy}
+    size, flops = args[0].numel(), product_flops(args[0])
+    work = Workload(
+        "correspondence_probability", ops.correspondence_probability, others, args, 3e-5,
+        8 * size, 24 * size, (flops, 3 * flops),
+    )  # fmt: skip
+    run(work, peer, mode, shape)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["lba_alignment_layer4"])
+@pytest.mark.parametrize(
+    "peer", peers("correspondence_warp", "eager", "tidy", "compiled", "attention")
+)
 def bench_correspondence_warp(run: Any, peer: str, shape: str, mode: str) -> None:
     args = (person_map(shape), person_map(shape, 1))
 
     def ours(source: Tensor, target: Tensor) -> Tensor:
         return ops.correspondence_warp(source, target).warped
 
-    others = {"eager": warp_eager, "tidy": warp_eager}
+    others = {"eager": warp_eager, "tidy": warp_tidy, "attention": warp_attention}
     size, flops = args[0].numel(), product_flops(args[0])
     work = Workload(
         "correspondence_warp", ours, others, args, 3e-5, 12 * size, 32 * size,
@@ -72,15 +108,18 @@ def bench_correspondence_warp(run: Any, peer: str, shape: str, mode: str) -> Non
     run(work, peer, mode, shape)
 
 
-@pytest.mark.parametrize("shape", ["lba_alignment_layer4"])
-@pytest.mark.parametrize("peer", peers("feature_mask", "eager"))
-def bench_feature_mask(benchmark: Any, peer: str, shape: str) -> None:
-    import fastreid_vi
+def mask_tidy(x: Tensor) -> Tensor:
+    norms = x.square().sum(1, keepdim=True).sqrt()
+    low, high = torch.aminmax(norms.flatten(1), dim=1)
+    low, high = low[:, None, None, None], high[:, None, None, None]
+    return (norms - low) / (high - low + 1e-12)
 
+
+@pytest.mark.parametrize("mode", ["forward"])  # the mask has no gradient
+@pytest.mark.parametrize("shape", ["lba_alignment_layer4"])
+@pytest.mark.parametrize("peer", peers("feature_mask", "eager", "tidy", "compiled"))
+def bench_feature_mask(run: Any, peer: str, shape: str, mode: str) -> None:
     x = person_map(shape).detach()
-    function = mask_eager if peer == "eager" else ops.feature_mask
-    with fastreid_vi.backend("reference" if peer == "eager" else peer):
-        torch.testing.assert_close(function(x), mask_eager(x.double()).float())
-        benchmark.group = f"feature_mask forward {shape}"
-        benchmark.pedantic(function, (x,), rounds=7, warmup_rounds=2)
-    benchmark.extra_info.update(op="feature_mask", peer=peer, mode="forward", shape=shape)
+    others = {"eager": mask_eager, "tidy": mask_tidy}
+    work = Workload("feature_mask", ops.feature_mask, others, (x,), 3e-5, 4 * x.numel())
+    run(work, peer, mode, shape)

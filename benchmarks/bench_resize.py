@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import DEVICE, GPU, MODES, Workload, peers
+from benchmarks.conftest import DEVICE, MODES, Workload, peers
+from benchmarks.shapes import ENCODER_INPUTS
 from fastreid_vi import ops
 
-SIZE = (384, 192)
+INPUT = ENCODER_INPUTS["aligngan_encoder_input"]
+SIZE = (INPUT.out_height, INPUT.out_width)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,7 +48,7 @@ def tidy(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("peer", peers("resize_normalize", "eager", "tidy", "compiled"))
 def bench_resize_normalize(run: Any, peer: str, layout: str, mode: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(72 if GPU else 16, 3, 128, 128, generator=generator) * 2 - 1
+    images = torch.rand(INPUT.batch, 3, INPUT.height, INPUT.width, generator=generator) * 2 - 1
     images = images.to(DEVICE).contiguous(memory_format=getattr(torch, layout)).requires_grad_()
     out = images.shape[0] * 3 * SIZE[0] * SIZE[1]
     # PyTorch's coordinates are float32.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import DEVICE, MODES, Workload, peers
-from benchmarks.shapes import EMBEDDINGS, Embeddings
+from benchmarks.shapes import RETRIEVAL, SOFT_RANKS
 from fastreid_vi import ops
 
 try:
@@ -18,12 +18,6 @@ except ImportError:  # an optional peer
     LIBRARY: tuple[str, ...] = ()
 else:
     LIBRARY = ("torchsort",)
-
-SIZES = {"512x512": 512, "2048x2048": 2048}
-BATCHES = {
-    "mcja_128x2048": EMBEDDINGS["mcja_128x2048"],
-    "512x2048": Embeddings(32, 16, 2048),
-}
 
 
 def affine(values: Tensor, strength: float = 1.0) -> Tensor:
@@ -44,24 +38,24 @@ def soft_rank_work(values: Tensor, others: dict[str, Any], tolerance: float) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", list(SIZES))
+@pytest.mark.parametrize("shape", list(SOFT_RANKS))
 @pytest.mark.parametrize("peer", peers("soft_rank", "tidy", "compiled", *LIBRARY))
 def bench_soft_rank_closed_form(run: Any, peer: str, shape: str, mode: str) -> None:
     """Values closer together than strength n/2: one block per row."""
-    values = torch.rand(SIZES[shape], SIZES[shape], generator=torch.Generator().manual_seed(0))
+    values = torch.rand(SOFT_RANKS[shape], generator=torch.Generator().manual_seed(0))
     work = soft_rank_work(values, {"tidy": affine, "torchsort": library}, 1e-5)
     run(work, peer, mode, f"{shape}_closed_form")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", list(SIZES))
+@pytest.mark.parametrize("shape", list(SOFT_RANKS))
 @pytest.mark.parametrize("peer", peers("soft_rank", *LIBRARY))
 def bench_soft_rank_general_path(run: Any, peer: str, shape: str, mode: str) -> None:
     """Values that spread over several n: hundreds of blocks per row."""
     if peer == "reference" and shape == "2048x2048":
         pytest.skip("four million entries in a loop of Python: seconds per call")
-    size = SIZES[shape]
-    values = size * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    size = SOFT_RANKS[shape]
+    values = size[1] * torch.randn(size, generator=torch.Generator().manual_seed(0))
     # torchsort finds its blocks again from float32 means: gradients of a few rows differ.
     work = soft_rank_work(values, {"torchsort": library}, 1e-2)
     run(work, peer, mode, f"{shape}_general_path")
@@ -100,12 +94,12 @@ def retrieval_tidy(x: Tensor, labels: Tensor, modalities: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", list(BATCHES))
+@pytest.mark.parametrize("shape", list(RETRIEVAL))
 @pytest.mark.parametrize(
     "peer", peers("cross_modality_retrieval_loss", "eager", "tidy", "compiled")
 )
 def bench_cross_modality_retrieval_loss(run: Any, peer: str, shape: str, mode: str) -> None:
-    identities, images, size = BATCHES[shape]
+    identities, images, size = RETRIEVAL[shape]
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(identities, 1, size, generator=generator)
     x = (centres + torch.randn(identities, images, size, generator=generator)).flatten(0, 1)
@@ -119,5 +113,6 @@ def bench_cross_modality_retrieval_loss(run: Any, peer: str, shape: str, mode: s
         1e-5,
         4 * x.numel(),
         12 * x.numel(),
+        (x.numel() * len(x), 3 * x.numel() * len(x)),  # half of the pairs are cross-modal
     )
     run(work, peer, mode, shape)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_distance import distance_tidy, embeddings
+from benchmarks.bench_distance import distance_eager, distance_tidy, embeddings, gram_flops
 from benchmarks.conftest import MODES, Workload, peers
 from benchmarks.shapes import EMBEDDINGS
 from fastreid_vi import ops
@@ -26,7 +26,7 @@ else:
 
 def batch_hard_eager(x: Tensor, labels: Tensor) -> Tensor:
     """The published loop: one boolean selection, maximum and minimum per anchor."""
-    distance = distance_tidy(x)
+    distance = distance_eager(x)
     same = labels[:, None] == labels[None, :]
     near = torch.stack([distance[i][same[i]].max() for i in range(len(x))])
     far = torch.stack([distance[i][~same[i]].min() for i in range(len(x))])
@@ -65,8 +65,9 @@ def bench_batch_hard_triplet_loss(run: Any, peer: str, shape: str, mode: str) ->
         return ops.batch_hard_triplet_loss(x, labels).loss
 
     work = Workload(
-        "batch_hard_triplet_loss", ours, others, (x, labels), 1e-3, 4 * x.numel(), 12 * x.numel()
-    )
+        "batch_hard_triplet_loss", ours, others, (x, labels), 1e-3, 4 * x.numel(), 12 * x.numel(),
+        gram_flops(x),
+    )  # fmt: skip
     run(work, peer, mode, shape)
 
 
@@ -79,7 +80,7 @@ def softmax_published(distance: Tensor, among: Tensor) -> Tensor:
 
 def weighted_eager(x: Tensor, labels: Tensor) -> Tensor:
     """The published form: 0-1 matrices multiply everything."""
-    distance = distance_tidy(x)
+    distance = distance_eager(x)
     positives = labels.expand(len(x), len(x)).eq(labels[:, None]).float()
     negatives = labels.expand(len(x), len(x)).ne(labels[:, None]).float()
     near, far = distance * positives, distance * negatives
@@ -113,6 +114,7 @@ def bench_weighted_triplet_loss(run: Any, peer: str, shape: str, mode: str) -> N
 
     # The expanded square leaves noise on the diagonal, where a gradient must vanish: a loose gate.
     work = Workload(
-        "weighted_triplet_loss", ours, others, (x, labels), 5e-2, 4 * x.numel(), 12 * x.numel()
-    )
+        "weighted_triplet_loss", ours, others, (x, labels), 5e-2, 4 * x.numel(), 12 * x.numel(),
+        gram_flops(x),
+    )  # fmt: skip
     run(work, peer, mode, shape)

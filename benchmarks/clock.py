@@ -1,0 +1,81 @@
+"""Seconds of a step: CUDA events on a GPU, the host's clock elsewhere; rounds by what a step costs.
+
+Cold is the headline of a GPU: in training the last kernel left something else in the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+TINY = os.environ.get("FASTREID_VI_BENCH_TINY") == "1"  # a rehearsal: sizes and rounds of nothing
+
+FLUSHED = 256 << 20  # bytes written before a cold round; four times the L2 of an H200
+BUDGET = 0.3  # seconds of timed rounds on a CPU
+FEWEST, MOST = 3, 200
+WARM_UP, ROUNDS = (1, 2) if TINY else (10, 50)  # of a GPU
+
+
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    values = list(seconds)
+    if len(values) < 2:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def host_seconds(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def rounds_for(step: Step, budget: float = BUDGET) -> int:
+    """How many rounds fit into the budget; runs the step once or twice, which warms it up."""
+    if TINY:
+        return 1
+    once = host_seconds(step)
+    if once < budget:
+        once = host_seconds(step)
+    return max(FEWEST, min(MOST, int(budget / max(once, 1e-9))))
+
+
+def timed(step: Step, before: Step | None = None) -> list[float]:
+    """Quartiles of the seconds between two events around the step; `before` is not counted."""
+    for _ in range(WARM_UP):
+        step()
+    if not torch.cuda.is_available():
+        return quartiles([_one_on_host(step, before) for _ in range(ROUNDS)])
+    pairs = []
+    for _ in range(ROUNDS):
+        if before is not None:
+            before()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return quartiles([begin.elapsed_time(end) / 1e3 for begin, end in pairs])
+
+
+def _one_on_host(step: Step, before: Step | None) -> float:
+    if before is not None:
+        before()
+    return host_seconds(step)
+
+
+def submitted(step: Step) -> list[float]:
+    """Quartiles of the host's seconds until a step is queued, the device not waited for."""
+    found = []
+    for _ in range(ROUNDS):
+        found.append(host_seconds(step))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return quartiles(found)

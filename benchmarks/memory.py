@@ -1,0 +1,38 @@
+"""Extra memory of a step: the most bytes that tensors made by it hold at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def extra_memory(step: Callable[[], Any]) -> int:
+    """Bytes, results included; of PyTorch's allocators, so ours and everyone else's alike."""
+    return _on_device(step) if torch.cuda.is_available() else _on_host(step)
+
+
+def _on_device(step: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _on_host(step: Callable[[], Any]) -> int:
+    """From the profiler's record of allocations: the process' size would hide what is reused."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    assert profile.profiler is not None
+    records = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(changes):
+        held += change
+        most = max(most, held)
+    return most
