@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,8 @@ def rows(precisions: Sequence[str] = ("float32",)) -> list[Row]:
     """Rows of all families; an op without a peer's library has no row for it."""
     found = []
     for path in sorted(HERE.glob("bench_*.py")):
+        if not re.search(r"\brun: ", path.read_text()):
+            continue  # a benchmark of something else than an op: whole steps, evaluation, loading
         module = importlib.import_module(f"benchmarks.{path.stem}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             own = name.startswith("bench_") and function.__module__ == module.__name__
