@@ -39,11 +39,14 @@ class Console:
             print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Progress]:
-        """A function to call with (done, total): a bar on a terminal, a few lines elsewhere."""
-        bar = _bar() if sys.stderr.isatty() else None
+    def progress(self, title: str, unit: str = "") -> Iterator[Progress]:
+        """A function to call with (done, total): a bar on a terminal, a few lines elsewhere.
+
+        With a `unit`, such as "images", also how many of them a second.
+        """
+        bar = _bar(unit) if sys.stderr.isatty() else None
         if bar is None:
-            yield _lines(title)
+            yield _lines(title, unit)
             return
         with bar:
             task = bar.add_task(title, total=None)
@@ -101,30 +104,47 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _bar() -> Any:
+def _bar(unit: str) -> Any:
     try:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
     except ImportError:
         return None
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:.0f} {unit}/s")
+
     return RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([Rate()] if unit else []),
         TimeRemainingColumn(),
         console=RichConsole(stderr=True),
         transient=True,
     )
 
 
-def _lines(title: str) -> Progress:
+def _lines(title: str, unit: str) -> Progress:
     last = time.monotonic()
+    before = 0
 
     def show(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= _QUIET_SECONDS:
-            last = time.monotonic()
-            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+        nonlocal last, before
+        seconds = time.monotonic() - last
+        if done == total or seconds >= _QUIET_SECONDS:
+            rate = f", {(done - before) / max(seconds, 1e-9):.0f} {unit}/s" if unit else ""
+            last, before = last + seconds, done
+            print(f"{title}: {done} of {total}{rate}", file=sys.stderr, flush=True)
 
     return show

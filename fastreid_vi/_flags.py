@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -55,6 +56,18 @@ def with_flags(recipe: Recipe, flags: list[str], program: str, debug: bool) -> R
             raise
         raise UsageError(_boxed(said.getvalue())) from None
     return changed
+
+
+def packed(pack: str) -> str:
+    """`--pack` as `DataConfig.packed` has it: a path that holds from everywhere."""
+    if pack in ("agw", "none", ""):
+        return pack.removeprefix("none")
+    return os.path.abspath(pack)
+
+
+def pack_flags(pack: str | None) -> list[str]:
+    """The recipe flags that `--pack` stands for."""
+    return [] if pack is None else ["--data.packed", packed(pack)]
 
 
 def _boxed(said: str) -> str:

@@ -22,6 +22,8 @@ EVAL_ON = (
 
 NORM = "batch statistics of each process alone or of all together, under torchrun (local)"
 
+PACK = 'take images from this pack ("agw": AGW\'s arrays in DIR; "none": read the files)'
+
 IMAGES = "fewest and most images of a person in a camera (2 14; regdb 10 10, llcm 2 5)"
 
 
@@ -34,10 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    data = verbs.add_parser("data", help="draw a stand-in data set; check a folder")
+    data = verbs.add_parser("data", help="draw a stand-in data set; check a folder; pack it")
     kinds = data.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_synth(_verb(kinds, "data synth", "draw a stand-in data set of image files"))
     _add_check(_verb(kinds, "data check", "hold a folder against the known counts"))
+    _add_pack(kinds)
     _add_train(verbs)
     _add_eval(_verb(verbs, "eval", "print a run's table under the official protocol"))
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
@@ -97,6 +100,25 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="show every finding, not only the first")
 
 
+def _add_pack(kinds: Any) -> None:
+    parser = _verb(
+        kinds,
+        "data pack",
+        "decode and resize the images of a data set once, for fast loading",
+        usage=f"{PROGRAM} data pack DIR --out PACK --recipe R [options] [recipe flags]\n"
+        f"       {PROGRAM} data pack --check PACK",
+    )
+    add = parser.add_argument
+    add("root", type=Path, nargs="?", metavar="DIR", help="data set")
+    add("--out", type=Path, metavar="PACK", help="folder to create; run again, it continues")
+    add("--recipe", metavar="R", help="recipe name or run.json: size, filter, splits, labels")
+    add("--workers", type=_count, metavar="N", help="decoding threads (one per core)")
+    add("--shard-mib", type=_count, default=1024, metavar="N", help="largest file, MiB (1024)")
+    add("--skip-broken", action="store_true", help="leave unreadable images out, with a count")
+    add("--overwrite", action="store_true", help="replace another pack")
+    add("--check", type=Path, metavar="PACK", help="compare every image with its checksum")
+
+
 def _add_train(verbs: Any) -> None:
     parser = _verb(
         verbs,
@@ -115,6 +137,7 @@ def _add_train(verbs: Any) -> None:
     add("--weights", metavar="W", help='"imagenet", "none" or a file: short for --model.weights')
     add("--skip-broken", action="store_true", help="leave unreadable images out, with a count")
     add("--skip-nonfinite", action="store_true", help="leave a step out whose loss is not finite")
+    add("--pack", metavar="PACK", help=PACK)
     add("--bn", choices=["local", "sync"], help=NORM)
     add("--eval-on", choices=["validation", "test"], default="validation", help=EVAL_ON)
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
@@ -136,6 +159,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
     add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
     add("--trial", type=_count, metavar="N", help="trial of RegDB, 1 to 10: that of the run")
+    add("--pack", metavar="PACK", help=f"{PACK}: that of the run")
     add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
 

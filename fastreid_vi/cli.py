@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastreid_vi._console import Console, Quiet, one_line, table, warnings_shown
-from fastreid_vi._flags import UsageError, published, take_name, with_flags
+from fastreid_vi._flags import UsageError, pack_flags, published, take_name, with_flags
 from fastreid_vi._parsers import PROGRAM, build_parser
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 1 failed, with one line on standard error that says why; 2 wrong usage; 130 Ctrl-C.
     """
     args, rest = build_parser().parse_known_args(argv)
-    if rest and args.verb != "train":
+    if rest and args.verb not in ("train", "data pack"):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     console = Console(args.json)
@@ -118,6 +118,13 @@ def data_check(args: argparse.Namespace, console: Console) -> int:
     return OK if report.ok else FAILED
 
 
+def data_pack(args: argparse.Namespace, console: Console) -> int:
+    """Decode and resize once, or verify what that left."""
+    from fastreid_vi import _pack
+
+    return FAILED if not _pack.run(args, console) else OK
+
+
 def train(args: argparse.Namespace, console: Console) -> int:
     """Train a method by a recipe."""
     recipe, root, run_dir = _training(args)
@@ -166,7 +173,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     from fastreid_vi import _evaluate
 
     target = _evaluate.open_target(
-        args.run, recipe=args.recipe, root=args.data_root, trial=args.trial
+        args.run, recipe=args.recipe, root=args.data_root, trial=args.trial, pack=args.pack
     )
     dataset = _evaluate.open_dataset(target.recipe, target.root)
     query, gallery, checkpoint = _evaluate.embed(
@@ -287,6 +294,7 @@ def _training(args: argparse.Namespace) -> tuple[Recipe, Path, Path]:
     flags += ["--model.weights", args.weights] if args.weights is not None else []
     flags += ["--data.skip-broken"] if args.skip_broken else []
     flags += ["--run.skip-nonfinite"] if args.skip_nonfinite else []
+    flags += pack_flags(args.pack)
     flags += ["--run.bn", args.bn] if args.bn is not None else []
     recipe = with_flags(recipe, flags, f"{PROGRAM} train RECIPE", args.debug)
     return recipe, root, args.run_dir or Path("runs") / (name or recipe.method)
@@ -317,6 +325,7 @@ def _explain(error: Exception, args: argparse.Namespace, console: Console, code:
 VERBS: dict[str, Verb] = {
     "data synth": data_synth,
     "data check": data_check,
+    "data pack": data_pack,
     "train": train,
     "eval": evaluate,
     "report": report,

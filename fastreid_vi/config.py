@@ -127,7 +127,13 @@ class DataConfig:
     workers: int = 2
     """Loader processes; 0 loads in the training process. Batches do not depend on it."""
     cache: bool = False
-    """Keep decoded and resized uint8 images in memory."""
+    """Keep decoded and resized uint8 images in memory; of no use with `packed`."""
+    packed: str = ""
+    """Folder of a pack (`fastreid-vi data pack`) that images are taken from instead of their files;
+    "agw" for AGW's .npy arrays in the data set's folder. Batches are the same, bit for bit."""
+    resident: Literal["auto", "always", "never"] = "auto"
+    """Whether the training images of a pack lie on the device that trains: "auto" puts them on a
+    CUDA device whose memory suffices for them beside a training step."""
     validation: int = 0
     """Training identities held out for choosing the best epoch; 0 keeps all for training."""
     skip_broken: bool = False

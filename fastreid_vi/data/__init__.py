@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from fastreid_vi.data.findings import Finding, Report
     from fastreid_vi.data.llcm_check import check_llcm
     from fastreid_vi.data.loader import eval_loader, train_loader
+    from fastreid_vi.data.pack import Pack
+    from fastreid_vi.data.packing import write_pack
     from fastreid_vi.data.regdb_check import check_regdb
     from fastreid_vi.data.synthetic import synthesize
 
 _LAZY = {
     "Finding": "findings",
+    "Pack": "pack",
     "Report": "findings",
     "SysuReport": "check",
     "check_llcm": "llcm_check",
@@ -31,6 +34,7 @@ _LAZY = {
     "eval_loader": "loader",
     "synthesize": "synthetic",
     "train_loader": "loader",
+    "write_pack": "packing",
 }
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "IdentityRandom",
     "ImageList",
     "Index",
+    "Pack",
     "PairedIdentity",
     "Permutations",
     "RegDB",
@@ -54,6 +59,7 @@ __all__ = [
     "make_sampler",
     "synthesize",
     "train_loader",
+    "write_pack",
 ]
 
 

@@ -21,8 +21,9 @@ NAME = "run.json"
 _FORMAT = 1
 # What a resumed run may change: it moves work around or lengthens the run; done steps stay as is.
 _FREE = (
-    "schedule.epochs", "data.workers", "data.cache", "run.eval_every", "run.checkpoint_every",
-    "run.checkpoint_steps", "run.keep", "run.skip_nonfinite",
+    "schedule.epochs", "data.workers", "data.cache", "data.packed", "data.resident",
+    "run.eval_every", "run.checkpoint_every", "run.checkpoint_steps", "run.keep",
+    "run.skip_nonfinite",
 )  # fmt: skip
 
 
