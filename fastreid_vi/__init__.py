@@ -14,7 +14,17 @@ from fastreid_vi.version import __version__
 if TYPE_CHECKING:
     from fastreid_vi._dispatch import backends
 
-_SUBMODULES = ("config", "data", "evaluation", "layers", "methods", "ops", "report", "train")
+_SUBMODULES = (
+    "augment",
+    "config",
+    "data",
+    "evaluation",
+    "layers",
+    "methods",
+    "ops",
+    "report",
+    "train",
+)
 
 __all__ = ["__version__", "backend", "backends", *_SUBMODULES]
 

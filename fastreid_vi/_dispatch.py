@@ -193,6 +193,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     autocast: torch.dtype | None = None,
     rows: tuple[int, ...] = (),
+    family: str | None = None,
 ) -> Callable[..., Any]:
     """Register an op with `torch.library` and this table.
 
@@ -211,10 +212,11 @@ def register(
         autocast: floating-point arguments are cast to this dtype under autocast.
         rows: positions of the arguments whose first axis is the batch of every result, so that
             `torch.func.vmap` may fold its axis into it. Other mappings run call by call.
+        family: stem of the files of its other rooms; by default that of `reference`'s file.
     Returns:
         The overload, to call from the public function.
     """
-    family = reference.__module__.rsplit(".", 1)[-1]
+    family = family or reference.__module__.rsplit(".", 1)[-1]
     op = OPS[name] = Op(name, family, reference, backends, refuses, verify)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
@@ -245,7 +247,8 @@ def backends() -> dict[str, dict[str, str]]:
     >>> fastreid_vi.backends()["gem_pool"]["reference"]
     'built'
     """
-    importlib.import_module("fastreid_vi.ops")  # fills the table
+    for families in ("ops", "augment"):
+        importlib.import_module(f"fastreid_vi.{families}")  # fills the table
     table = {}
     for name, op in OPS.items():
         rooms = {b: op.room(b) for b in ("reference", "cpu", "triton", "cuda")}

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from fastreid_vi.augment.draws import NORMALIZE, Doubles, Draws, Floats, SpectrumDraws
+from fastreid_vi.augment.draws import draw_augmentation as draw_augmentation
 from fastreid_vi.config import VISIBLE, DataConfig
-from fastreid_vi.data.boxes import ATTEMPTS, below, first_that_fits
 from fastreid_vi.data.images import Bytes, DataError, Int64
-from fastreid_vi.data.spectrum import SpectrumDraws, change
-
-Floats = NDArray[np.float32]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-# Mean and deviation that are taken off pixels in [0, 1].
-NORMALIZE = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+from fastreid_vi.data.spectrum import change
 
 RESIZE = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -35,9 +24,8 @@ RESIZE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-MIX_MEAN, MIX_SPREAD = (80.0, 150.0), (35.0, 60.0)  # grey levels of a mixed image
-# Flip, crop row, crop column, erase; then area, aspect, row, column of every attempt.
-_UNIFORMS = 4 + 4 * ATTEMPTS
+# Modes that Pillow would clip to 8 bits: a thermal image turns white.
+_WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 # Pillow reports damage under all of these names.
 _UNREADABLE = (
@@ -50,20 +38,6 @@ _UNREADABLE = (
 )
 
 
-class Draws(NamedTuple):
-    """The random choices for the B images of a batch."""
-
-    flip: NDArray[np.bool_]  # [B]
-    top: Int64  # [B] first row of the crop in the padded image
-    left: Int64  # [B]
-    boxes: Int64  # [B, 4] erased box: top, left, height, width; height 0 erases nothing
-    mix: Floats  # [B, 5] weights of the three channels, mean, spread; spread 0 mixes nothing
-
-    def rows(self, slots: Int64) -> Draws:
-        """The draws of some slots."""
-        return Draws._make(column[slots] for column in self)
-
-
 def read_image(path: Path, height: int, width: int, resize: str = "bilinear") -> Bytes:
     """Decode and resize one file.
 
@@ -74,6 +48,7 @@ def read_image(path: Path, height: int, width: int, resize: str = "bilinear") ->
     """
     try:
         with Image.open(path) as image:
+            _refuse_wide(image)
             # Planes are resized independently: a grey file may be resized before it is repeated.
             small = image if image.mode == "L" else image.convert("RGB")
             if small.size != (width, height):
@@ -90,6 +65,7 @@ def verify_image(path: Path) -> str | None:
     """None for a file that can be read in full, else one line that names it and the reason."""
     try:
         with Image.open(path) as image:
+            _refuse_wide(image)
             # Reads every byte of a JPEG but computes only an eighth of the pixels.
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
@@ -98,62 +74,15 @@ def verify_image(path: Path) -> str | None:
     return None
 
 
+def _refuse_wide(image: Image.Image) -> None:
+    if image.mode in _WIDE:
+        raise ValueError(f"more than 8 bits per pixel (mode {image.mode}), scale it to 8 first")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).partition(" '")[0].partition(" <")[0] or type(error).__name__
-
-
-def draw_augmentation(
-    count: int, config: DataConfig, *, seed: int, epoch: int, batch: int
-) -> Draws:
-    """Draws for slots 0..count-1 of a batch: a pure function of (seed, epoch, batch, slot).
-
-    Every slot owns a fixed run of a counter-based generator, so neither the number of workers nor
-    the point of resumption changes anything. Erasing is the usual procedure: area uniform, aspect
-    log-uniform, at most ten attempts at a box that is smaller than the image in both directions.
-    """
-    key = np.array([seed, epoch], dtype=np.uint64)
-    # Samplers use counter 0 of the same key: batches start at 1.
-    counter = np.array([0, 0, batch + 1, 0], dtype=np.uint64)
-    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    uniform = random.random((count, _UNIFORMS))
-    span = 2 * config.pad + 1
-    counter[0] = 1 << 40  # far from the draws above
-    random = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    return Draws(
-        flip=uniform[:, 0] < config.flip,
-        top=below(uniform[:, 1], span),
-        left=below(uniform[:, 2], span),
-        boxes=_draw_boxes(
-            uniform[:, 4:].reshape(count, ATTEMPTS, 4), uniform[:, 3] < config.erase, config
-        ),
-        mix=_draw_mix(random, count, config.channel_mix),
-    )
-
-
-def _draw_mix(random: np.random.Generator, count: int, probability: float) -> Floats:
-    chosen = random.random(count) < probability
-    weights = random.standard_normal((count, 3))
-    mean, spread = random.uniform(*MIX_MEAN, count), random.uniform(*MIX_SPREAD, count)
-    mix = np.column_stack([weights, mean, spread]).astype(np.float32)
-    mix[~chosen] = 0
-    return mix
-
-
-def _draw_boxes(
-    uniform: NDArray[np.float64], erased: NDArray[np.bool_], config: DataConfig
-) -> Int64:
-    smallest, largest = config.erase_area
-    area = config.height * config.width * (smallest + uniform[:, :, 0] * (largest - smallest))
-    low, high = np.log(config.erase_aspect)
-    aspect = np.exp(low + uniform[:, :, 1] * (high - low))
-    height = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [B, attempts]
-    width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    places = uniform[:, :, 2:]
-    boxes, found = first_that_fits(height, width, places, config.height, config.width)
-    boxes[~(erased & found)] = 0
-    return boxes
 
 
 def mix_channels(image: Bytes, mix: Floats) -> Bytes:
@@ -170,11 +99,28 @@ def mix_channels(image: Bytes, mix: Floats) -> Bytes:
     """
     if mix[4] == 0:
         return image
-    grey = np.tensordot(mix[:3], image.astype(np.float32), axes=1)
-    grey -= grey.mean()
-    grey *= mix[4] / (grey.std() + np.float32(1e-3))
-    levels = np.clip(np.rint(grey + mix[3]), 0, 255).astype(np.uint8)
+    gains, offset = _tone(image, mix)
+    red, green, blue = image.astype(np.float64)
+    grey = ((gains[0] * red + gains[1] * green) + gains[2] * blue) + offset
+    levels = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
     return np.broadcast_to(levels, image.shape)
+
+
+def _tone(image: Bytes, mix: Floats) -> tuple[Doubles, np.float64]:
+    """Gain of every channel and offset. Sums are whole numbers, so that their order is free."""
+    pixels = image.reshape(3, -1).astype(np.int64)
+    count, sums = np.float64(max(pixels.shape[1], 1)), pixels.sum(axis=1).astype(np.float64)
+    products = (pixels @ pixels.T).astype(np.float64)
+    w, mean, spread = mix[:3].astype(np.float64), np.float64(mix[3]), np.float64(mix[4])
+
+    def term(i: int, j: int) -> float:
+        return float((w[i] * w[j]) * (products[i, j] - sums[i] * sums[j] / count))
+
+    own, cross = (term(0, 0) + term(1, 1)) + term(2, 2), (term(0, 1) + term(0, 2)) + term(1, 2)
+    deviation = np.sqrt(np.maximum((own + 2.0 * cross) / count, 0))
+    scale = spread / (deviation + 1e-3)
+    centre = ((w[0] * sums[0] + w[1] * sums[1]) + w[2] * sums[2]) / count
+    return w * scale, mean - centre * scale
 
 
 def flip_pad_crop(

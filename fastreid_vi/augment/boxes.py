@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastreid_vi.data.images import Int64
+Int64 = NDArray[np.int64]
 
 ATTEMPTS = 10
 """Tries at a box that fits."""
