@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from fastreid_vi.evaluation.arrays import Int, choice
+from fastreid_vi.evaluation.arrays import Int, Mask, choice
 from fastreid_vi.evaluation.features import Features
 from fastreid_vi.evaluation.galleries import (
     Embeddings,
@@ -152,7 +152,7 @@ def make_options(
     threads: int | None,
 ) -> Options:
     """Checked options, with the protocol's defaults for None."""
-    rule, by, length = PROTOCOLS[protocol]
+    rule, by, length = PROTOCOLS[choice("protocol", protocol, ProtocolName)]
     choice("metric", metric, Metric)
     options = Options(
         normalize=normalize or metric == "cosine",
@@ -234,14 +234,45 @@ def _ids_and_cams(name: str, images: Embeddings, rule: CameraRule) -> tuple[Int,
     return ids_and_cams(name, images)
 
 
-def over_trials(trials: list[RankMetrics]) -> Evaluation:
-    """Mean and deviation of the galleries' metrics."""
+def over_trials(trials: list[RankMetrics], valid: Mask | None = None) -> Evaluation:
+    """Mean and deviation of the galleries' metrics; `valid` of all where queries differ."""
     cmc = np.stack([trial.cmc for trial in trials])
     precision = np.array([trial.mAP for trial in trials])
     penalty = np.array([trial.mINP for trial in trials])
-    valid = np.logical_and.reduce([trial.valid for trial in trials])
+    if valid is None:
+        valid = np.logical_and.reduce([trial.valid for trial in trials])
     return Evaluation(
         RankMetrics(cmc.mean(axis=0), float(precision.mean()), float(penalty.mean()), valid),
         RankMetrics(cmc.std(axis=0), float(precision.std()), float(penalty.std()), valid),
         trials,
     )
+
+
+def average_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Mean and deviation over separately trained models, each evaluated by itself.
+
+    RegDB's result is this over its ten splits; so is a mean over seeds.
+
+    Args:
+        evaluations: one per model, of the same protocol and setting.
+    Returns:
+        `Evaluation(mean, std, trials)` whose trials are the models, each by its mean; `valid` of
+        `mean` and `std` is theirs one after the other, since their queries differ.
+    Raises:
+        TypeError, ValueError: none, something else, or CMCs of different lengths.
+    Spec: evaluation, 2.2.
+    """
+    trials = []
+    for index, evaluation in enumerate(evaluations):
+        if not isinstance(evaluation, Evaluation):
+            raise TypeError(f"evaluations: expected Evaluation, got {type(evaluation).__name__}")
+        # A single trial is its own mean and may know every query.
+        trials.append(evaluation.trials[0] if len(evaluation.trials) == 1 else evaluation.mean)
+        if len(trials[-1].cmc) != len(trials[0].cmc):
+            raise ValueError(
+                f"evaluations: cmc of number {index} has {len(trials[-1].cmc)} ranks, the first "
+                f"has {len(trials[0].cmc)}"
+            )
+    if not trials:
+        raise ValueError("evaluations: expected one at least, got none")
+    return over_trials(trials, np.concatenate([trial.valid for trial in trials]))
