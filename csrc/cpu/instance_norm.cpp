@@ -13,6 +13,7 @@
 
 #include "common.h"
 #include "cpu/channels.h"
+#include "cpu/turned.h"
 
 namespace {
 
@@ -22,7 +23,11 @@ using fastreid_vi::kBlock;
 using fastreid_vi::kLanes;
 using fastreid_vi::kPiece;
 using fastreid_vi::plane;
+using fastreid_vi::Turned;
 using torch::stable::Tensor;
+
+// Planes of an NCHW map that share the lines of a channels-last gradient.
+constexpr int64_t kTurnedPlanes = 64;
 
 struct Rectify {
   template <typename A>
@@ -193,24 +198,24 @@ FASTREID_VI_CLONES void gradient_row(const T* __restrict g, const T* __restrict 
   }
 }
 
-// The blocks of channels that a thread takes at a time: one plane of an NCHW map, or whole runs of
-// a channels-last map (narrower columns fall into few sets of the cache, and are slower).
+// The blocks of channels that a thread takes at a time: `planes` planes of an NCHW map, or whole
+// runs of a channels-last map (narrower columns fall into few sets of the cache, and are slower).
 struct Blocks {
-  Blocks(const FeatureMap& map, bool columns)
-      : batches(map.batches), channels(map.channels), positions(map.positions), columns(columns) {
-    width = columns ? std::min(kBlock, channels) : 1;
+  Blocks(const FeatureMap& map, bool columns, int64_t planes = 1)
+      : batches(map.batches), channels(map.channels), positions(map.positions) {
+    width = std::min(columns ? kBlock : planes, channels);
     count = (channels + width - 1) / width;
   }
   int64_t batches, channels, positions, width, count;
-  bool columns;
 
-  // Calls body(sample, first channel, channels).
-  template <typename F>
-  void each(const F& body) const {
+  // Calls body(sample, first channel, channels, memory); `scratch` elements of it for each thread.
+  template <typename T, typename F>
+  void each(int64_t scratch, const F& body) const {
     fastreid_vi::parallel(batches * count, width * positions, [&](int64_t from, int64_t to) {
+      const fastreid_vi::Untouched<T> memory(scratch);
       for (int64_t i = from; i < to; ++i) {
         const int64_t c = i % count * width;
-        body(i / count, c, std::min(width, channels - c));
+        body(i / count, c, std::min(width, channels - c), memory.get());
       }
     });
   }
@@ -256,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act(
     A *means = mean.mutable_data_ptr<A>(), *variances = variance.mutable_data_ptr<A>();
     T* y = out.mutable_data_ptr<T>();
     const Blocks blocks(map, columns);
-    blocks.each([&](int64_t b, int64_t c, int64_t width) {
+    blocks.each<T>(0, [&](int64_t b, int64_t c, int64_t width, T*) {
       const auto from = plane<T>(map, b), plus = plane<T>(add, b);
       A *mu = means + b * map.channels + c, *v = variances + b * map.channels + c;
       if (running_mean) {
@@ -301,7 +306,6 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
     const std::string& activation, double negative_slope, double eps, bool fixed) {
   const bool columns = fastreid_vi::is_channels_last(x);
   const FeatureMap map = fastreid_vi::map_in_layout(x, columns);
-  const FeatureMap given = fastreid_vi::map_in_layout(grad, columns);
   Tensor out = fastreid_vi::empty_map(x, columns), dweight, dbias;
   const FeatureMap to = fastreid_vi::map_in_layout(out, columns);
   const auto run = [&]<typename T, typename F>(F act) {
@@ -312,19 +316,20 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
     T* dx = out.mutable_data_ptr<T>();
     std::vector<A> on_weight(static_cast<size_t>(map.batches * map.channels));
     std::vector<A> on_bias(on_weight.size());
-    const Blocks blocks(map, columns);
-    blocks.each([&](int64_t b, int64_t c, int64_t width) {
-      const auto from = plane<T>(map, b), g = plane<T>(given, b);
+    const Turned<T> given(grad, columns);
+    const Blocks blocks(map, columns, given.turned() ? kTurnedPlanes : 1);
+    const auto one = [&](int64_t b, int64_t c, int64_t width, Rows<const T> g) {
+      const auto from = plane<T>(map, b);
       const int64_t first = b * map.channels + c;
       const A* v = variances + first;
       A *sum_g = on_bias.data() + first, *sum_gh = on_weight.data() + first;
       A scale[kBlock], on_x[kBlock], constant[kBlock];
       const Affine<A> affine = parameters.affine(c, width, means + first, v, scale);
       if (columns) {
-        sums_columns<T>({g.at(c), g.position}, {from.at(c), from.position}, map.positions, width,
-                        affine, act, sum_g, sum_gh);
+        sums_columns<T>(g, {from.at(c), from.position}, map.positions, width, affine, act, sum_g,
+                        sum_gh);
       } else {
-        sums_row(g.at(c), from.at(c), map.positions, affine, act, sum_g, sum_gh);
+        sums_row(g.data, from.at(c), map.positions, affine, act, sum_g, sum_gh);
       }
       for (int64_t i = 0; i < width; ++i) {
         const A rstd = A(1) / std::sqrt(v[i] + parameters.eps);
@@ -334,11 +339,16 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
       }
       T* into = dx + b * to.batch + c * to.channel;
       if (columns) {
-        gradient_columns<T>({g.at(c), g.position}, {from.at(c), from.position}, map.positions,
-                            width, affine, on_x, constant, act, {into, to.position});
+        gradient_columns<T>(g, {from.at(c), from.position}, map.positions, width, affine, on_x,
+                            constant, act, {into, to.position});
       } else {
-        gradient_row(g.at(c), from.at(c), map.positions, affine, *on_x, *constant, act, into);
+        gradient_row(g.data, from.at(c), map.positions, affine, *on_x, *constant, act, into);
       }
+    };
+    blocks.each<T>(given.scratch(blocks.width), [&](int64_t b, int64_t c, int64_t width, T* memory) {
+      const auto g = given.block(b, c, width, memory);
+      const int64_t step = columns ? width : 1;
+      for (int64_t i = 0; i < width; i += step) one(b, c + i, step, {g.at(i), g.position});
     });
     const auto finish = [&](const std::vector<A>& shares, const std::optional<Tensor>& like) {
       if (!like) return torch::stable::new_empty(x, {0});

@@ -10,6 +10,7 @@
 
 #include "common.h"
 #include "cpu/channels.h"
+#include "cpu/turned.h"
 
 namespace {
 
@@ -193,7 +194,6 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
     const Tensor& expand_weight, const Tensor& mean, const Tensor& rstd, const Tensor& gates) {
   const bool columns = fastreid_vi::is_channels_last(features);
   const FeatureMap map = fastreid_vi::map_in_layout(features, columns);
-  const FeatureMap given = fastreid_vi::map_in_layout(grad, columns);
   const int64_t channels = map.channels, positions = map.positions, batches = map.batches;
   Tensor out = fastreid_vi::empty_map(features, columns);
   const FeatureMap to = fastreid_vi::map_in_layout(out, columns);
@@ -205,6 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
     const A* means = mean.const_data_ptr<A>();
     const A *rstds = rstd.const_data_ptr<A>(), *opened = gates.const_data_ptr<A>();
     T* dx = out.mutable_data_ptr<T>();
+    const fastreid_vi::Turned<T> given(grad, columns);
     const auto buffer = [](int64_t n) { return std::vector<A>(static_cast<size_t>(n)); };
     auto hidden = buffer(batches * gate.hidden), dh = buffer(batches * gate.hidden);
     auto dz = buffer(batches * channels),
@@ -212,9 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> modality_alleviation_backward(
     const A n = static_cast<A>(positions);
     fastreid_vi::parallel(batches, channels * positions, [&](int64_t from, int64_t until) {
       auto sum_g = buffer(channels), sum_gc = buffer(channels), dmean = buffer(channels);
+      const fastreid_vi::Untouched<T> scratch(given.scratch(channels));
       auto on_g = buffer(channels), on_x = buffer(channels), offset = buffer(channels);
       for (int64_t b = from; b < until; ++b) {
-        const auto x = plane<T>(map, b), g = plane<T>(given, b);
+        const auto x = plane<T>(map, b), g = given.block(b, 0, channels, scratch.get());
         const A *mu = means + b * channels, *q = rstds + b * channels, *m = opened + b * channels;
         for (int64_t c = 0; c < channels; c += columns ? kBlock : 1) {
           if (columns) {

@@ -222,12 +222,12 @@ def _instance_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _instance_norm_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weight, bias, mean, variance = ctx.saved_tensors
+    dresidual = None
+    if ctx.residual_layout is not None:  # first, so that one copy serves both gradients
+        grad = dresidual = grad.contiguous(memory_format=ctx.residual_layout)
     dx, dweight, dbias = _instance_norm_backward(
         grad, x, weight, bias, mean, variance, *ctx.options
     )
-    dresidual = None
-    if ctx.residual_layout is not None:
-        dresidual = grad.contiguous(memory_format=ctx.residual_layout)
     return (
         dx,
         None if weight is None else dweight,
