@@ -24,6 +24,14 @@ NORM = "batch statistics of each process alone or of all together, under torchru
 
 PACK = 'take images from this pack ("agw": AGW\'s arrays in DIR; "none": read the files)'
 
+EVALUATED = "run folder, checkpoint folder, weights file, or a folder of saved embeddings"
+
+RERANK = "auto: as the method's authors do on this data set, k-reciprocal for the others"
+
+EMBED_LAYOUT = "folder: every image below FOLDER; else the test images (auto: by its folders)"
+
+SPECTRA = "also single channels of visible images, for mser (for methods that are tested so)"
+
 IMAGES = "fewest and most images of a person in a camera (2 14; regdb 10 10, llcm 2 5)"
 
 
@@ -42,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_check(_verb(kinds, "data check", "hold a folder against the known counts"))
     _add_pack(kinds)
     _add_train(verbs)
-    _add_eval(_verb(verbs, "eval", "print a run's table under the official protocol"))
+    _add_eval(_verb(verbs, "eval", "print the official protocol's table of a run or embeddings"))
+    _add_embed(_verb(verbs, "embed", "turn images into embeddings"))
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
     _add_certify(_verb(verbs, "certify", "hold every op and method against the golden vectors"))
     _add_convert(_verb(verbs, "convert", "turn official checkpoints into ours and back"))
@@ -155,13 +164,38 @@ def _recipes() -> str:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder, checkpoint folder or weights file")
+    add("run", type=Path, metavar="RUN", help=EVALUATED)
     add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
     add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
     add("--trial", type=_count, metavar="N", help="trial of RegDB, 1 to 10: that of the run")
     add("--pack", metavar="PACK", help=f"{PACK}: that of the run")
     add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+    _add_reranking(parser, "none", "none")
+
+
+def _add_reranking(parser: argparse.ArgumentParser, default: str, *others: str) -> None:
+    add = parser.add_argument
+    add("--rerank", choices=["auto", *others, "k-reciprocal", "mser"], default=default, help=RERANK)
+    add("--k1", type=_count, metavar="N", help="length of the neighbour lists")
+    add("--k2", type=_count, metavar="N", help="neighbours in query expansion")
+    add("--weight", type=_share, metavar="W", help="share of the plain distance, 0 to 1")
+    add("--neighbors", choices=["all", "queries"], help="who may be a neighbour")
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, checkpoint folder or weights file")
+    add("folder", type=Path, metavar="FOLDER", help="images at any depth, or an official layout")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the embeddings")
+    add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
+    add("--layout", choices=["auto", "folder", *LAYOUTS], default="auto", help=EMBED_LAYOUT)
+    add("--modality", choices=["visible", "infrared"], help="of the images of a plain folder")
+    add("--trial", type=_count, metavar="N", help="trial of RegDB, 1 to 10: that of the run")
+    add("--spectra", action=argparse.BooleanOptionalAction, help=SPECTRA)
+    add("--batch-size", type=_count, metavar="N", help="images in a batch (as in training)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+    add("--overwrite", action="store_true", help="replace the embeddings in DIR")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -206,3 +240,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastreid_vi import _evaluate
-from fastreid_vi._evaluate import EMBEDDINGS, RunError, Target
+from fastreid_vi import _evaluate, _score
+from fastreid_vi._evaluate import RunError, Target
+from fastreid_vi._score import EMBEDDINGS
 from fastreid_vi.evaluation import Embeddings, llcm_galleries, sysu_galleries
+from fastreid_vi.evaluation.embeddings import read_side
 from fastreid_vi.figures import Curve
 from fastreid_vi.report import PatternMaps, ReportedRun, Translations
 
@@ -38,16 +40,14 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
         root: data set, if not the one the run was trained on.
     Raises:
         RunError: not evaluated yet, or a damaged file.
-        TrainError, DataError: run, embeddings or data cannot be read.
+        EmbeddingsError, TrainError, DataError: run, embeddings or data cannot be read.
     """
-    from fastreid_vi import train
-
     target = _evaluate.open_target(folder, root=root)
-    test = _evaluate.read_result(folder).get("test")
+    test = _score.read_result(folder).get("test")
     if test is None:
         raise RunError(f"{folder}: not evaluated yet; run: fastreid-vi eval {folder}")
     dataset = _evaluate.open_dataset(target.recipe, target.root)
-    query, gallery = (train.load_embeddings(folder / EMBEDDINGS / n) for n in ("query", "gallery"))
+    query, gallery = (read_side(folder / EMBEDDINGS / name) for name in ("query", "gallery"))
     records = read_metrics(folder / "metrics.jsonl")
     shown, shown_name = shown_gallery(dataset, gallery)
     maps, translated = _pictures(target, dataset, query, gallery)
@@ -58,8 +58,8 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
             f"fastreid-vi train --recipe {folder / 'run.json'} --run-dir {folder}-again",
             f"fastreid-vi eval {folder}-again",
         ),
-        results={s: _evaluate.evaluation_of(found) for s, found in test["settings"].items()},
-        chance={s: _evaluate.metrics_of(v["chance"]) for s, v in test["settings"].items()},
+        results={s: _score.evaluation_of(found) for s, found in test["settings"].items()},
+        chance={s: _score.metrics_of(v["chance"]) for s, v in test["settings"].items()},
         losses=curves(records, "epoch", "terms"),
         validation=curves(records, "eval", "metrics", ("R1", "mAP", "mINP")),
         validation_split=next((r["split"] for r in records if r["kind"] == "eval"), "validation"),
@@ -133,7 +133,7 @@ def _pictures(
 ) -> tuple[PatternMaps | None, Translations | None]:
     import torch
 
-    method, _ = _evaluate.load_method(target, dataset)
+    method, _ = _evaluate.load_method(target, dataset.num_ids)
     shown = shown_images(target, dataset, query, gallery)
     with torch.inference_mode():
         return pattern_maps(method, shown), translations(method, shown)

@@ -170,29 +170,47 @@ def train(args: argparse.Namespace, console: Console) -> int:
 
 def evaluate(args: argparse.Namespace, console: Console) -> int:
     """Print the protocol's table."""
-    from fastreid_vi import _evaluate
+    from fastreid_vi import _rerank, _score
+    from fastreid_vi.evaluation.embeddings import find_sides
 
-    target = _evaluate.open_target(
-        args.run, recipe=args.recipe, root=args.data_root, trial=args.trial, pack=args.pack
-    )
-    dataset = _evaluate.open_dataset(target.recipe, target.root)
-    query, gallery, checkpoint = _evaluate.embed(
-        target, dataset, device=args.device, progress=console.progress
-    )
-    result = {
-        **_evaluate.score(dataset, query, gallery),
-        "method": target.recipe.method,
-        "data_root": str(target.root),
-        "checkpoint": checkpoint,
-    }
-    folder = args.out or target.folder
+    if find_sides(args.run):
+        query, gallery = _score.open_saved(args.run, data_root=args.data_root, trial=args.trial)
+        about, folder = _score.about(args.run, gallery), args.out
+    else:
+        from fastreid_vi._evaluate import embed_run
+
+        query, gallery, about, folder = embed_run(args, console)
+    result = {**_score.score(query, gallery), **about}
+    console.say(_score.heading(result))
+    console.say(_score.table_text(result))
+    reranking = _rerank.choose(args.rerank, query, gallery, changes=_rerank.changes_of(args))
     if folder is not None:
-        _evaluate.keep(folder, query, gallery, result)
-    console.say(_evaluate.heading(result))
-    console.say(_evaluate.table_text(result))
+        _score.keep(folder, query, gallery, result)
+    if reranking is not None:
+        console.note(f"re-ranking takes about {_rerank.size_text(reranking.memory)} of memory")
+        with console.progress("re-ranking"):
+            result = _score.add_reranked(result, query, gallery, reranking)
+        console.say(reranking.text())
+        console.say(_score.reranked_text(result))
+        if folder is not None:
+            _score.keep_result(folder, result)
     if folder is not None:
         console.say(f"kept in {folder}: result.json, embeddings/")
     console.result(result)
+    return OK
+
+
+def embed(args: argparse.Namespace, console: Console) -> int:
+    """Turn images into embeddings."""
+    from fastreid_vi import _embed
+
+    names = ("out", "recipe", "layout", "modality", "trial", "spectra", "batch_size", "device")
+    options = {name: getattr(args, name) for name in (*names, "overwrite")}
+    made = _embed.embed(args.run, args.folder, **options, console=console)
+    console.say(_embed.text(made))
+    verb = "search" if made["layout"] == "folder" else "eval"
+    console.say(f"next: {PROGRAM} {verb} {shlex.quote(str(args.out))}")
+    console.result(made)
     return OK
 
 
@@ -328,6 +346,7 @@ VERBS: dict[str, Verb] = {
     "data pack": data_pack,
     "train": train,
     "eval": evaluate,
+    "embed": embed,
     "report": report,
     "certify": certify,
     "convert": convert,

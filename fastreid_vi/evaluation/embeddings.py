@@ -7,11 +7,10 @@ of two writes are told from a pair.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ from fastreid_vi.evaluation.tensorfile import (
     map_arrays,
     pack,
     tensor_names,
+    write_whole,
 )
 from fastreid_vi.version import __version__
 
@@ -149,8 +149,8 @@ def write_side(stem: Path, embeddings: Embeddings) -> None:
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).encode()
         stamp = {"version": VERSION, "record": hashlib.sha256(text).hexdigest()}
         stem.parent.mkdir(parents=True, exist_ok=True)
-        _replace(_tensors(stem), pack(arrays, {_STAMP: json.dumps(stamp)}))
-        _replace(_record(stem), [text])
+        write_whole(_tensors(stem), pack(arrays, {_STAMP: json.dumps(stamp)}))
+        write_whole(_record(stem), [text])
     except OSError as error:
         reason = error.strerror or error
         raise EmbeddingsError(f"cannot write embeddings {stem}: {reason}") from error
@@ -322,21 +322,6 @@ def _embeddings(arrays: dict[str, Array], record: Mapping[str, Any]) -> Embeddin
         permutations=_unpacked(arrays),
         **facts,
     )
-
-
-def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write under another name and rename: the old file or the new one, no mixture."""
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _tensors(stem: Path) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +60,7 @@ def pack(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> Iterator[b
     yield len(text).to_bytes(8, "little") + text
     for _, array in ordered:
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        yield memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def tensor_names(path: Path) -> set[str]:
@@ -105,6 +106,25 @@ def map_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if begin + end != size:
         raise TensorFileError(f"expected {begin + end} bytes, got {size}: it was cut off or mixed")
     return arrays, metadata
+
+
+def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write under another name and rename: the old file or the new one, no mixture.
+
+    Raises:
+        OSError: it cannot be written; an earlier file stays.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _header(first: bytes, read: Any, size: int) -> dict[str, Any]:
