@@ -20,6 +20,7 @@ FLUSHED = 256 << 20  # bytes written before a cold round; four times the L2 of a
 BUDGET = 0.3  # seconds of timed rounds on a CPU
 FEWEST, MOST = 3, 200
 WARM_UP, ROUNDS = (1, 2) if TINY else (10, 50)  # of a GPU
+SLOW, SLOW_ROUNDS = 5e-3, 10  # a step that takes longer is timed less often
 
 
 def quartiles(seconds: Sequence[float]) -> list[float]:
@@ -31,6 +32,7 @@ def quartiles(seconds: Sequence[float]) -> list[float]:
 
 
 def host_seconds(step: Step) -> float:
+    """Of one call, until it returns."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
@@ -46,14 +48,24 @@ def rounds_for(step: Step, budget: float = BUDGET) -> int:
     return max(FEWEST, min(MOST, int(budget / max(once, 1e-9))))
 
 
+def _rounds(step: Step) -> int:
+    """Warm up; how often to time the step."""
+    slow = False
+    for _ in range(WARM_UP):
+        seconds = host_seconds(step)
+        if slow:
+            break
+        slow = seconds > SLOW
+    return min(ROUNDS, SLOW_ROUNDS) if slow else ROUNDS
+
+
 def timed(step: Step, before: Step | None = None) -> list[float]:
     """Quartiles of the seconds between two events around the step; `before` is not counted."""
-    for _ in range(WARM_UP):
-        step()
+    rounds = _rounds(step)
     if not torch.cuda.is_available():
-        return quartiles([_one_on_host(step, before) for _ in range(ROUNDS)])
+        return quartiles([_one_on_host(step, before) for _ in range(rounds)])
     pairs = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if before is not None:
             before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -74,7 +86,7 @@ def _one_on_host(step: Step, before: Step | None) -> float:
 def submitted(step: Step) -> list[float]:
     """Quartiles of the host's seconds until a step is queued, the device not waited for."""
     found = []
-    for _ in range(ROUNDS):
+    for _ in range(_rounds(step)):
         found.append(host_seconds(step))
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -144,23 +144,39 @@ def worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(relative_error(g, e) for g, e in zip(got, exact, strict=True))
 
 
+class Truth(NamedTuple):
+    """What every peer of a workload is held to."""
+
+    grads: list[Tensor]  # of the results, in the type of the arguments
+    exact: list[Tensor]  # results and gradients of the reference in float64
+
+
+def truth_of(work: Workload) -> Truth:
+    """The reference room, in float64."""
+    with fastreid_vi.backend("reference"), torch.no_grad():
+        grads = cotangents(tuple_of(work.ours(*work.args)))
+    wide = [cast(a, torch.float64) for a in work.args]
+    with fastreid_vi.backend("reference"):
+        return Truth(grads, results(work.ours, wide, [g.double() for g in grads]))
+
+
 @contextmanager
-def prepared(work: Workload, peer: str, mode: str) -> Iterator[Prepared]:
+def prepared(
+    work: Workload, peer: str, mode: str, truth: Truth | None = None
+) -> Iterator[Prepared]:
     """Check a peer, then hand out its step, in the room that it needs.
 
     In bfloat16 only our rooms are held to the tolerance: what plain PyTorch loses there is part of
     the record.
 
+    Args:
+        work, peer, mode: the row.
+        truth: `truth_of(work)`, where several peers share it.
     Raises:
         Wrong: a result or gradient is further from float64 than the workload allows.
     """
+    grads, exact = truth or truth_of(work)
     function, room = function_of(work, peer)
-    wide = [cast(a, torch.float64) for a in work.args]
-    with fastreid_vi.backend("reference"):
-        plain = tuple_of(work.ours(*work.args))
-        grads = cotangents(plain)
-        exact = results(work.ours, wide, [g.double() for g in grads])
-    del wide, plain
 
     def begin() -> None:
         if peer in COMPILED:  # results of the last round may be overwritten
@@ -179,7 +195,7 @@ def prepared(work: Workload, peer: str, mode: str) -> Iterator[Prepared]:
     with fastreid_vi.backend(room):
         begin()
         error = worst_error(results(function, work.args, grads), exact)
-        del exact
         if not error <= work.tolerance and (is_ours(peer) or not half):
             raise Wrong(f"{peer} is wrong: relative error {error:.2g}")
+        del exact, truth
         yield Prepared(forward if mode == "forward" else training, error)
