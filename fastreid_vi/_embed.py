@@ -208,23 +208,26 @@ def embed(
     return summary(out, folder, found, made)
 
 
-def images_of(folder: Path, modality: str | None) -> ImageList:
-    """Every image below a folder, of one modality.
+def images_of(place: Path, modality: str | None) -> ImageList:
+    """One image, or every image below a folder, of one modality.
 
     Raises:
         RunError: the modality is neither given nor told by the folders' names.
         DataError: no image.
     """
-    from fastreid_vi.data import images_in
+    from fastreid_vi.data.images import image_list, images_in
     from fastreid_vi.evaluation.directions import side_of
 
-    images = images_in(folder)
+    if place.is_file():
+        images = image_list(place.parent, [(0, -1, 0, place.name)], [VISIBLE], [-1])
+    else:
+        images = images_in(place)
     if modality is None:
-        told = {side_of(f"{folder.resolve().as_posix()}/{path}") for path in images.paths}
+        told = {side_of(images.file(row).resolve().as_posix()) for row in range(len(images))}
         modality = told.pop() if len(told) == 1 else None
         if modality is None:
             raise RunError(
-                f"{folder}: visible or infrared? The folders' names do not say it of every image: "
+                f"{place}: visible or infrared? The folders' names do not say it: "
                 "--modality visible or --modality infrared"
             )
     wanted = np.full(len(images), MODALITIES[modality], np.int64)

@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_eval(_verb(verbs, "eval", "print the official protocol's table of a run or embeddings"))
     _add_embed(_verb(verbs, "embed", "turn images into embeddings"))
+    _add_search(_verb(verbs, "search", "find the nearest images of a saved gallery"))
+    _add_rerank(_verb(verbs, "rerank", "write re-ranked distances of saved embeddings"))
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
     _add_certify(_verb(verbs, "certify", "hold every op and method against the golden vectors"))
     _add_convert(_verb(verbs, "convert", "turn official checkpoints into ours and back"))
@@ -196,6 +198,34 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_count, metavar="N", help="images in a batch (as in training)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
     add("--overwrite", action="store_true", help="replace the embeddings in DIR")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("query", type=Path, metavar="QUERY", help="saved embeddings, a folder of images, an image")
+    add("gallery", type=Path, metavar="GALLERY", help="saved embeddings")
+    add("-k", type=_count, default=10, metavar="K", help="neighbours of a query (10)")
+    add("--metric", choices=["cosine", "inner", "euclidean"], default="cosine", help="(cosine)")
+    add("--run", type=Path, metavar="RUN", help="network for images (the gallery's own)")
+    add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
+    add("--modality", choices=["visible", "infrared"], help="of images in plain folders")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
+    add("--latency", action="store_true", help="also time single queries")
+    add("--out", type=Path, metavar="FILE", help="keep all: .json, .csv or .safetensors")
+
+
+def _add_rerank(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("embeddings", type=Path, metavar="DIR", help="saved embeddings of queries and gallery")
+    add("--out", type=Path, metavar="FILE", help="distances: .npy, or .safetensors with identities")
+    add("--ranking", type=Path, metavar="FILE", help="nearest images: .json, .csv, .safetensors")
+    add("-k", type=_count, default=20, metavar="K", help="images of a query in --ranking (20)")
+    add("--direction", choices=["ir_to_vis", "vis_to_ir"], default="ir_to_vis", help="(ir_to_vis)")
+    add(
+        "--setting", metavar="S", help="all/1, all/10, indoor/1, indoor/10; drawn (LLCM): a gallery"
+    )
+    add("--gallery-trial", type=_count, default=1, metavar="N", help="which of its ten (1)")
+    _add_reranking(parser, "auto")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from fastreid_vi import evaluation
-from fastreid_vi.evaluation import Embeddings, llcm_galleries, sysu_galleries
+from fastreid_vi import _neighbors, _score, evaluation
+from fastreid_vi._neighbors import Neighbors
+from fastreid_vi.evaluation import Embeddings, llcm_galleries, load_embeddings, sysu_galleries
+from fastreid_vi.evaluation.features import Features
+
+if TYPE_CHECKING:
+    from fastreid_vi._console import Console
 
 Asked = Literal["auto", "none", "k-reciprocal", "mser"]
 
@@ -85,7 +92,7 @@ def choose(
     gallery: Embeddings,
     *,
     changes: Mapping[str, Any] | None = None,
-    images: int | None = None,
+    sizes: tuple[int, int] | None = None,
 ) -> Reranking | None:
     """The re-ranking of query and gallery.
 
@@ -94,7 +101,7 @@ def choose(
             the other methods.
         query, gallery: infrared and visible embeddings.
         changes: other values of k1, k2, weight, neighbors.
-        images: largest gallery that is searched at once; found out from the protocol by default.
+        sizes: queries and gallery images; by default those of the protocol's largest gallery.
     Returns:
         None for "none".
     Raises:
@@ -117,8 +124,11 @@ def choose(
         procedure = evaluation.MultiSpectral(spectra=list(further.values()), **parameters)
     else:
         procedure = evaluation.KReciprocal(**parameters)
-    most = images if images is not None else largest_gallery(query, gallery)
-    memory = memory_of(name, parameters, query, gallery, most, max(1, len(spectra)))
+    queries, images = sizes or (len(query.ids), largest_gallery(query, gallery))
+    dim = int(np.shape(gallery.features)[1])
+    memory = evaluation.rerank_memory(
+        queries, images, dim, spectra=max(1, len(spectra)), neighbors=parameters["neighbors"]
+    )
     return Reranking(name, parameters, spectra, source, procedure, memory)
 
 
@@ -139,23 +149,6 @@ def largest_gallery(query: Embeddings, gallery: Embeddings) -> int:
     return max(len(query.ids), len(gallery.ids))
 
 
-def memory_of(
-    name: str,
-    parameters: Mapping[str, Any],
-    query: Embeddings,
-    gallery: Embeddings,
-    images: int,
-    spectra: int,
-) -> int:
-    """Bytes that a procedure takes beside the features."""
-    dim = int(np.shape(gallery.features)[1])
-    return int(
-        evaluation.rerank_memory(
-            len(query.ids), images, dim, spectra=spectra, neighbors=parameters["neighbors"]
-        )
-    )
-
-
 def size_text(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
@@ -167,7 +160,122 @@ def changes_of(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def gallery_rows(gallery: Embeddings, setting: str, trial: int) -> Sequence[int] | Any:
+class Asking(NamedTuple):
+    """Who searches whom in `rerank`."""
+
+    query: Embeddings
+    gallery: Embeddings
+    infrared: Embeddings
+    """Whose images the method's authors query with."""
+    rows: Any
+    """Rows of `gallery` that are searched."""
+    direction: Literal["i2v", "v2i"]
+
+
+def rerank(
+    path: Path,
+    *,
+    asked: Asked,
+    changes: Mapping[str, Any],
+    direction: str,
+    setting: str | None,
+    trial: int,
+    k: int,
+    out: Path | None,
+    ranking: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Re-rank saved embeddings and write distances, the first k of every query, or both.
+
+    Returns:
+        What was done, JSON-ready.
+    Raises:
+        RerankError, ScoreError, OutputError, EmbeddingsError: one line that says what does not fit.
+    """
+    if out is None and ranking is None:
+        raise RerankError("nothing to write: --out FILE.npy, --ranking FILE.json, or both")
+    _neighbors.check_suffix("--out", out, (".npy", ".safetensors"))
+    _neighbors.check_suffix("--ranking", ranking, _neighbors.SUFFIXES)
+    asking = who(path, direction, setting, trial)
+    sizes = (len(asking.query.ids), len(asking.rows))
+    visible = asking.gallery if asking.direction == "i2v" else asking.query
+    chosen = choose(asked, asking.infrared, visible, changes=changes, sizes=sizes)
+    if chosen is None:
+        raise RerankError("--rerank none: expected auto, k-reciprocal or mser")
+    console.note(
+        f"re-ranking {sizes[0]} x {sizes[1]} takes about {size_text(chosen.memory)} of memory"
+    )
+    began = time.perf_counter()
+    with console.progress("re-ranking"):
+        distances = distances_of(asking, chosen)
+    seconds = time.perf_counter() - began
+    about = {
+        **chosen.facts(),
+        "embeddings": str(path),
+        "direction": direction,
+        "setting": setting or "whole gallery",
+        "trial": trial if setting else None,
+        "queries": sizes[0],
+        "gallery": sizes[1],
+        "seconds": seconds,
+        "text": chosen.text(),
+    }
+    if out is not None:
+        arrays = {
+            "query_ids": np.asarray(asking.query.ids, np.int64),
+            "gallery_ids": np.asarray(asking.gallery.ids, np.int64)[asking.rows],
+            "gallery_rows": np.asarray(asking.rows, np.int64),
+        }
+        _neighbors.write_matrix(out, distances, arrays)
+        about["out"] = str(out)
+    if ranking is not None:
+        near = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(distances, near, axis=1)
+        rows = np.asarray(asking.rows, np.int64)[near]
+        _neighbors.write(ranking, Neighbors(asking.query, asking.gallery, rows, scores), about)
+        about["ranking"] = str(ranking)
+    return about
+
+
+def who(path: Path, direction: str, setting: str | None, trial: int) -> Asking:
+    """Query, gallery and its rows out of a folder of saved embeddings."""
+    sides = load_embeddings(path)
+    if not {"query", "gallery"} <= set(sides):
+        raise RerankError(f"{path}: expected query and gallery, got {', '.join(sides)} alone")
+    infrared, visible = sides["query"], sides["gallery"]
+    _score.check_pair(str(path), infrared, visible)
+    if direction == "vis_to_ir":
+        query, gallery, way = visible, infrared, "v2i"
+    else:
+        query, gallery, way = infrared, visible, "i2v"
+    rows = np.arange(len(gallery.ids))
+    if setting is not None:
+        rows = gallery_rows(gallery, setting, trial)
+    return Asking(query, gallery, infrared, rows, "v2i" if way == "v2i" else "i2v")
+
+
+def distances_of(asking: Asking, chosen: Reranking) -> Any:
+    """Re-ranked distances [Q, rows] of unit vectors, as the protocols have them."""
+    everything = np.arange(len(asking.query.ids))
+    query = Features("query", asking.query, normalize=True).rows(everything)
+    gallery = Features("gallery", asking.gallery, normalize=True).rows(asking.rows)
+    if chosen.name == "k-reciprocal":
+        return evaluation.k_reciprocal_rerank(query, gallery, **chosen.parameters)
+    i2v = asking.direction == "i2v"
+    visible, rows = (asking.gallery, asking.rows) if i2v else (asking.query, everything)
+    views = [
+        Features(name, visible._replace(features=part), normalize=True).rows(rows)
+        for name, part in (visible.spectra or {}).items()
+    ]
+    count = len(views) + 1
+    queries = [query] * count if i2v else [query, *views]
+    galleries = [gallery, *views] if i2v else [gallery] * count
+    return evaluation.multi_spectral_rerank(
+        queries, galleries, direction=asking.direction, **chosen.parameters
+    )
+
+
+def gallery_rows(gallery: Embeddings, setting: str, trial: int) -> Any:
     """Rows of the gallery that a setting searches in a trial, from 1.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fastreid_vi._console import Console, Quiet, one_line, table, warnings_shown
 from fastreid_vi._flags import UsageError, pack_flags, published, take_name, with_flags
 from fastreid_vi._parsers import PROGRAM, build_parser
+from fastreid_vi._verbs import embed, evaluate, rerank, search
 
 if TYPE_CHECKING:
     from fastreid_vi.config import Recipe
@@ -168,52 +169,6 @@ def train(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-def evaluate(args: argparse.Namespace, console: Console) -> int:
-    """Print the protocol's table."""
-    from fastreid_vi import _rerank, _score
-    from fastreid_vi.evaluation.embeddings import find_sides
-
-    if find_sides(args.run):
-        query, gallery = _score.open_saved(args.run, data_root=args.data_root, trial=args.trial)
-        about, folder = _score.about(args.run, gallery), args.out
-    else:
-        from fastreid_vi._evaluate import embed_run
-
-        query, gallery, about, folder = embed_run(args, console)
-    result = {**_score.score(query, gallery), **about}
-    console.say(_score.heading(result))
-    console.say(_score.table_text(result))
-    reranking = _rerank.choose(args.rerank, query, gallery, changes=_rerank.changes_of(args))
-    if folder is not None:
-        _score.keep(folder, query, gallery, result)
-    if reranking is not None:
-        console.note(f"re-ranking takes about {_rerank.size_text(reranking.memory)} of memory")
-        with console.progress("re-ranking"):
-            result = _score.add_reranked(result, query, gallery, reranking)
-        console.say(reranking.text())
-        console.say(_score.reranked_text(result))
-        if folder is not None:
-            _score.keep_result(folder, result)
-    if folder is not None:
-        console.say(f"kept in {folder}: result.json, embeddings/")
-    console.result(result)
-    return OK
-
-
-def embed(args: argparse.Namespace, console: Console) -> int:
-    """Turn images into embeddings."""
-    from fastreid_vi import _embed
-
-    names = ("out", "recipe", "layout", "modality", "trial", "spectra", "batch_size", "device")
-    options = {name: getattr(args, name) for name in (*names, "overwrite")}
-    made = _embed.embed(args.run, args.folder, **options, console=console)
-    console.say(_embed.text(made))
-    verb = "search" if made["layout"] == "folder" else "eval"
-    console.say(f"next: {PROGRAM} {verb} {shlex.quote(str(args.out))}")
-    console.result(made)
-    return OK
-
-
 def report(args: argparse.Namespace, console: Console) -> int:
     """Write the offline page."""
     from fastreid_vi import _reported
@@ -347,6 +302,8 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "eval": evaluate,
     "embed": embed,
+    "search": search,
+    "rerank": rerank,
     "report": report,
     "certify": certify,
     "convert": convert,
