@@ -16,10 +16,7 @@ import os
 import shutil
 import struct
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +36,7 @@ from fastreid_vi.data.pack_format import (
     rows_of,
 )
 from fastreid_vi.data.shards import Shards
+from fastreid_vi.data.tasks import ahead
 from fastreid_vi.data.transform import read_image
 from fastreid_vi.version import __version__
 
@@ -272,7 +270,8 @@ class _Writer:
     ) -> None:
         """Decode with threads what is left, and write it in order."""
         total = len(self._crc32)
-        images = _ahead(read, range(done, total), workers or os.cpu_count() or 1)
+        threads = workers or os.cpu_count() or 1
+        images = ahead(read, range(done, total), threads, threads * _AHEAD)
         with (
             open(self.folder / _JOURNAL, "ab", buffering=0) as journal,
             contextlib.closing(images),
@@ -291,23 +290,6 @@ class _Writer:
         rows = self.manifest.rows._replace(crc32=self._crc32)
         whole = self.manifest._replace(rows=rows)
         _replace(self.folder / MANIFEST, whole.to_json(__version__))
-
-
-def _ahead(
-    read: Callable[[int], Bytes], rows: range, workers: int
-) -> Generator[Bytes, None, None]:
-    """Results of `read` in order, computed by threads a little ahead."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        left = iter(rows)
-        window: deque[Future[Bytes]] = deque(
-            pool.submit(read, row) for row in islice(left, workers * _AHEAD)
-        )
-        while window:
-            yield window.popleft().result()
-            window.extend(pool.submit(read, row) for row in islice(left, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _replace(file: Path, content: bytes) -> None:

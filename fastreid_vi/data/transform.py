@@ -24,7 +24,7 @@ RESIZE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# Modes that Pillow would clip to 8 bits: a thermal image turns white.
+# Modes whose larger values Pillow would clip to 255: a thermal image turns white.
 _WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 # Pillow reports damage under all of these names.
@@ -75,8 +75,13 @@ def verify_image(path: Path) -> str | None:
 
 
 def _refuse_wide(image: Image.Image) -> None:
-    if image.mode in _WIDE:
-        raise ValueError(f"more than 8 bits per pixel (mode {image.mode}), scale it to 8 first")
+    if image.mode not in _WIDE:
+        return
+    low, high = (float(value) for value in np.ravel(image.getextrema()))
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"values from {low:g} to {high:g} (mode {image.mode}), expected 0 to 255: scale them"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -97,8 +97,9 @@ def deterministic() -> Iterator[None]:
 def move(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     """The batch on `device`, images in the network's memory format."""
     images, labels, modality, cams = (tensor.to(device, non_blocking=True) for tensor in batch[:4])
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    # Batches out of a pack are in channels_last already.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = images.contiguous(memory_format=layout)
     return Batch(images, labels, modality, cams, batch.paired)
 
 

@@ -173,6 +173,16 @@ class TestReading:
         expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
         np.testing.assert_array_equal(read_image(path, 48, 24), expected)
 
+    @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+    def test_values_that_would_be_clipped_are_refused(self, tmp_path, dtype):
+        path = tmp_path / "thermal.tif"
+        values = np.full((48, 24), 9, dtype=dtype)
+        values[3, 5] = 30000
+        Image.fromarray(values).save(path)
+        with pytest.raises(DataError, match="values from 9 to 30000") as caught:
+            read_image(path, 48, 24)
+        assert verify_image(path) == str(caught.value)
+
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
