@@ -52,7 +52,8 @@ def embed(args: argparse.Namespace, console: Console) -> int:
     made = _embed.embed(args.run, args.folder, **options, console=console)
     console.say(_embed.text(made))
     verb = "search" if made["layout"] == "folder" else "eval"
-    console.say(f"next: {PROGRAM} {verb} {shlex.quote(str(args.out))}")
+    words = ["search", "QUERY"] if made["layout"] == "folder" else ["eval"]
+    console.say(f"next: {PROGRAM} {' '.join(words)} {shlex.quote(str(args.out))}")
     console.result(made)
     return OK
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -194,8 +195,7 @@ def _identity_cmc(images: Int64, n: int, max_rank: int) -> Float64:
     Every image arrives at an exponential time; with u = exp(-t), the right person's first image has
     density n u^(n-1), and a person with m images has one before it with probability 1 - u^m.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    u, weights = (nodes + 1.0) / 2.0, weights / 2.0
+    u, weights = _quadrature()
     others = np.sort(images).tolist()
     others.remove(n)
     beaten = np.zeros((max_rank, NODES))  # beaten[c]: c persons came first
@@ -205,6 +205,13 @@ def _identity_cmc(images: Int64, n: int, max_rank: int) -> Float64:
         shifted = np.vstack([np.zeros(NODES), beaten[:-1]])
         beaten = beaten * (1.0 - before) + shifted * before
     return np.asarray(np.minimum(np.cumsum(beaten @ (weights * n * u ** (n - 1))), 1.0))
+
+
+@functools.cache
+def _quadrature() -> tuple[Float64, Float64]:
+    """Gauss-Legendre nodes and weights on [0, 1]; they cost more than what they integrate."""
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    return (nodes + 1.0) / 2.0, weights / 2.0
 
 
 def _precision(n: int, total: int) -> tuple[float, float]:
