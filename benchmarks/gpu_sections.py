@@ -24,12 +24,11 @@ from benchmarks.ceilings import ceilings
 from benchmarks.clock import timed
 from benchmarks.counts import counts
 from benchmarks.device import device_times, replayed
+from benchmarks.catalogue import Case
 from benchmarks.groups import Group, groups
 from benchmarks.machine import machine
 from benchmarks.memory import extra_memory
-from benchmarks.steps import FORMS, step_of
 from benchmarks.workload import DEVICE, GPU, Truth, Workload, Wrong, prepared
-from fastreid_vi import methods
 
 OURS = {"cuda", "triton", "cpu"}
 PLAIN = {"eager", "tidy", "torchsort", "pytorch_metric_learning", "attention", "cdist"}
@@ -81,13 +80,17 @@ def rates(task: Task) -> Found:
     yield "ceilings", dict(ceilings())
 
 
-def each(task: Task, **which: Any) -> Iterator[tuple[Group, Workload, Truth]]:
+def each(task: Task, **which: Any) -> Iterator[tuple[Group, Case, Truth]]:
     """Groups of rows with their tensors, until the time is up."""
+    seen = set()
     for group in groups(families=task.families, done=task.done, **which):
         if task.over:
             raise TimeoutError
+        if not GPU and group.rows[0].function in seen:
+            continue  # a rehearsal takes one size of each
+        seen.add(group.rows[0].function)
         case, truth = group.built()
-        yield group, case.work, truth
+        yield group, case, truth
 
 
 def rows_of(
@@ -95,12 +98,13 @@ def rows_of(
     **which: Any,
 ) -> Found:  # fmt: skip
     """Check every row, measure it; a peer that fails is a row that says so."""
-    for group, work, truth in each(task, **which):
+    for group, case, truth in each(task, **which):
+        work = case.work
         for row in group.rows:
             if task.over:
                 raise TimeoutError
             about = {"op": work.op, "peer": row.peer, "mode": row.mode, "family": row.family,
-                     "shape": shape_of(row), "precision": row.precision}  # fmt: skip
+                     "shape": case.shape, "precision": row.precision}  # fmt: skip
             try:
                 with prepared(work, row.peer, row.mode, truth) as (step, error):
                     yield row.name, {**about, "error": error, **measure(step, work, row.mode,
@@ -109,14 +113,6 @@ def rows_of(
                 yield row.name, {**about, "failed": f"{type(failure).__name__}: {failure}"[:600]}
                 if "CUDA error" in str(failure):
                     raise  # nothing after it can be trusted
-
-
-def shape_of(row: Any) -> str:
-    """The size that the benchmark gives itself."""
-    found: list[str] = []
-    seen = {k: v for k, v in row.arguments.items() if k not in ("peer", "mode")}
-    found += [str(v) for v in seen.values()]
-    return "_".join(found) or row.function.__name__.removeprefix("bench_")
 
 
 def counted(task: Task) -> Found:
@@ -169,6 +165,9 @@ def _compiled(task: Task, peer: str) -> Found:
 
 def steps(task: Task) -> Found:
     """Whole training steps in all forms; in a rehearsal one method."""
+    from benchmarks.steps import FORMS, step_of
+    from fastreid_vi import methods
+
     for name in methods.METHODS if GPU else ("mpanet",):
         for form in FORMS:
             key = f"{name} {form}"
@@ -197,8 +196,6 @@ def small(task: Task) -> Found:
 
 def kernels(task: Task) -> Found:
     """In a rehearsal: Triton kernels and CUDA sources, compiled for a GPU that is not there."""
-    import tempfile
-
     from fastreid_vi.nvrtc import compiler
     from tests import triton_aot
     from tests.cuda import nvrtc
@@ -211,16 +208,15 @@ def kernels(task: Task) -> Found:
         name, case = next(iter(triton_aot.page(module).CASES.items()))
         launched = [known for known, _ in triton_aot.compile_case(recorder, case)]
         yield f"triton {module}", {"case": name, "kernels": sorted({k["kernel"] for k in launched})}
-    with tempfile.TemporaryDirectory():
-        for header, expressions in nvrtc.kernels().items():
-            if task.families and header.removesuffix(".cuh") not in task.families:
-                continue
-            try:
-                made = compiler.compiled(header, expressions[:1], f"sm_{REHEARSED}a")
-            except ImportError as error:
-                yield f"nvrtc {header}", {"skipped": str(error).splitlines()[0]}
-                continue
-            yield f"nvrtc {header}", {"kernel": expressions[0], "bytes": len(made.image)}
+    for header, expressions in nvrtc.kernels().items():
+        if task.families and header.removesuffix(".cuh") not in task.families:
+            continue
+        try:
+            made = compiler.compiled(header, expressions[:1], f"sm_{REHEARSED}a")
+        except (ImportError, OSError) as error:
+            yield f"nvrtc {header}", {"skipped": str(error).splitlines()[0]}
+            continue
+        yield f"nvrtc {header}", {"kernel": expressions[0], "bytes": len(made.image)}
 
 
 SECTIONS: dict[str, Callable[[Task], Found]] = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,15 +27,28 @@ def _on_device(step: Callable[[], Any]) -> int:
 
 def _on_host(step: Callable[[], Any]) -> int:
     """From the profiler's record of allocations: the process' size would hide what is reused."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with _without_chatter(), torch.profiler.profile(activities=kinds, profile_memory=True) as seen:
         step()
-    assert profile.profiler is not None
-    records = profile.profiler.kineto_results.events()
+    assert seen.profiler is not None
+    records = seen.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]"]
     held = most = 0
     for _, change in sorted(changes):
         held += change
         most = max(most, held)
     return most
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """The profiler's library writes two lines to standard error whenever it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,140 @@
+"""Records of runs in one shape, whatever wrote them: pytest-benchmark on a CPU, `make gpu`.
+
+    {"kind": "cpu", "date": ..., "commit": ..., "command": ..., "machine": {...}, "rows": [...]}
+
+A row: op, shape, mode, precision, peer, seconds [q1, median, q3], and where known fraction,
+extra_memory, images_per_second, dispatched, waits, launches, graph. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Record = dict[str, Any]
+Row = dict[str, Any]
+Key = tuple[str, str, str, str]  # op, shape, mode, precision
+COMMANDS = {"cpu": "make bench", "gpu": "make gpu"}
+KEPT = (
+    "op", "shape", "mode", "precision", "peer", "threads", "fraction", "floor", "error",
+    "extra_memory", "images_per_second", "dispatched", "waits", "launches", "ratio_to_product",
+    "rank1", "mAP",
+)  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    """Four digits: nothing here is known better."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def condensed(found: Record) -> Record:
+    """The record of a file by pytest-benchmark, without its single rounds."""
+    machine = found["machine_info"]
+    rows = []
+    for entry in found["benchmarks"]:
+        info, stats = entry["extra_info"], entry["stats"]
+        if "peer" not in info:
+            continue
+        row = {name: info[name] for name in KEPT if info.get(name) is not None}
+        row.setdefault("op", entry["name"].split("[")[0].removeprefix("bench_"))
+        seconds = info.get("device", {}).get("cold") or [stats["q1"], stats["median"], stats["q3"]]
+        rows.append({**row, "seconds": seconds, "rounds": stats["rounds"]})
+    names = (
+        "class", "device", "vectors", "threads", "cores", "python_version", "torch", "fastreid_vi",
+        "native", "ceilings",
+    )  # fmt: skip
+    return _tidy({
+        "kind": "cpu",
+        "date": found["datetime"][:10],
+        "commit": found["commit_info"]["id"][:8],
+        "command": COMMANDS["cpu"],
+        "machine": {name: machine[name] for name in names if name in machine},
+        "rows": rows,
+    })  # fmt: skip
+
+
+def _tidy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tidy(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_tidy(v) for v in value]
+    return rounded(value)
+
+
+def flattened(found: Record) -> Record:
+    """The same of a run on a GPU: timings, joined by what other sections say of the row."""
+    sections = {name: section["rows"] for name, section in found["sections"].items()}
+    rows = []
+    for name in ("timings", "compiled", "autotuned"):
+        for key, row in sections.get(name, {}).items():
+            if "cold" not in row:
+                continue
+            more = {
+                **{k: row[k] for k in KEPT if k in row},
+                "seconds": row["cold"],
+                "warm": row["warm"],
+            }
+            graph = sections.get("graphs", {}).get(key, {}).get("graph")
+            counts = sections.get("counts", {}).get(key.replace("bfloat16", "float32"), {})
+            more |= {k: counts[k] for k in ("dispatched", "waits", "launches") if k in counts}
+            rows.append(more if graph is None else {**more, "graph": graph})
+    for row in sections.get("steps", {}).values():
+        rows.append({**{k: v for k, v in row.items() if k != "method"}, "op": "training_step",
+                     "mode": "training"})  # fmt: skip
+    ceilings = sections.get("ceilings", {}).get("ceilings", {})
+    machine = {**found.get("machine", {}), "ceilings": ceilings}
+    return _tidy({
+        "kind": "gpu", "date": found["date"], "commit": found["commit"],
+        "command": COMMANDS["gpu"], "machine": machine, "rows": rows,
+    })  # fmt: skip
+
+
+def read(path: Path) -> Record:
+    """A file of any of the three kinds.
+
+    Raises:
+        ValueError: another file.
+    """
+    found: Record = json.loads(path.read_text())
+    if "benchmarks" in found:
+        return condensed(found)
+    if "sections" in found:
+        return flattened(found)
+    if "rows" not in found or "kind" not in found:
+        raise ValueError(f"{path}: expected a record of benchmarks, got keys {sorted(found)}")
+    return found
+
+
+def latest(kind: str, folder: Path = RESULTS) -> tuple[Path, Record] | None:
+    """The newest committed record of a kind; rehearsals are none."""
+    found = []
+    for path in folder.glob("*/*.json"):
+        if path.parent.name == "dry-run":
+            continue
+        record = read(path)
+        if record["kind"] == kind:
+            found.append((record["date"], path.name, path, record))
+    return max(found)[2:] if found else None
+
+
+def keep(path: Path, folder: Path = RESULTS) -> Path:
+    """Put a record by pytest-benchmark among the committed ones, one of its day and commit."""
+    record = read(path)
+    target = folder / record["machine"]["class"] / f"{record['date']}-{record['commit']}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in record.pop("rows")]
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    target.write_text(head + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+    return target
+
+
+def grouped(record: Record) -> dict[Key, dict[str, Row]]:
+    """Peers of each op, shape, mode and precision."""
+    groups: dict[Key, dict[str, Row]] = defaultdict(dict)
+    for row in record["rows"]:
+        key = (row["op"], row.get("shape", ""), row.get("mode", ""), row.get("precision", ""))
+        groups[key][row["peer"]] = row
+    return dict(sorted(groups.items()))
