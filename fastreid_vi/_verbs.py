@@ -51,7 +51,6 @@ def embed(args: argparse.Namespace, console: Console) -> int:
     options = {name: getattr(args, name) for name in (*names, "overwrite")}
     made = _embed.embed(args.run, args.folder, **options, console=console)
     console.say(_embed.text(made))
-    verb = "search" if made["layout"] == "folder" else "eval"
     words = ["search", "QUERY"] if made["layout"] == "folder" else ["eval"]
     console.say(f"next: {PROGRAM} {' '.join(words)} {shlex.quote(str(args.out))}")
     console.result(made)

@@ -71,7 +71,8 @@ def save_embeddings(path: str | os.PathLike[str], **sides: Embeddings) -> Path:
         raise EmbeddingsError(f"{folder}: expected one side at least, such as query=..., got none")
     for name, side in sides.items():
         try:
-            _check(_arrays(side), side.paths)
+            _check(_arrays(side._replace(permutations=None)), side.paths)
+            _arrays(side)
         except (TypeError, ValueError) as error:
             raise EmbeddingsError(f"{name}: {error}") from None
     for name, side in sides.items():

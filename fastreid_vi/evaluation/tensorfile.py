@@ -87,25 +87,34 @@ def map_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header = _header(file.read(8), file.read, size)
+        begin, metadata = file.tell(), header.pop(METADATA, {})
+        places = _places(header, size - begin)
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError:  # no room for private pages of a huge file
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        begin = file.tell()
-    metadata = header.pop(METADATA, {})
-    arrays, end = {}, 0
+    arrays = {}
+    for name, (dtype, shape, start) in places.items():
+        count = math.prod(shape)
+        flat = np.frombuffer(mapped, dtype, count, begin + start) if count else np.empty(0, dtype)
+        arrays[name] = flat.reshape(shape)
+    return arrays, metadata
+
+
+def _places(
+    header: Mapping[str, Any], size: int
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]:
+    """Dtype, shape and offset of every array; they must fill `size` bytes without a gap."""
+    places, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         start, stop = entry["data_offsets"]
-        count = math.prod(shape)
-        if start != end or stop - start != count * dtype.itemsize:
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise TensorFileError(f"{name} is not where the header says")
-        end = stop
-        flat = np.frombuffer(mapped, dtype, count, begin + start) if count else np.empty(0, dtype)
-        arrays[name] = flat.reshape(shape)
-    if begin + end != size:
-        raise TensorFileError(f"expected {begin + end} bytes, got {size}: it was cut off or mixed")
-    return arrays, metadata
+        places[name], end = (dtype, shape, start), stop
+    if end != size:
+        raise TensorFileError(f"expected {end} bytes of arrays, got {size}: cut off or mixed")
+    return places
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
