@@ -64,3 +64,25 @@ class Features:
             finite = np.isfinite(self._array[part]).all(axis=1)
             if not finite.all():
                 raise ValueError(f"{self.name}: row {part[~finite][0]} is not finite")
+
+
+def column_offset(right: Real, *, squared: bool) -> Real | None:
+    """What `distances` adds to every column: |g|^2 for squared Euclidean distances.
+
+    Ranking needs no |q|^2, the same for a query's whole row, and no root.
+    """
+    return np.einsum("nd,nd->n", right, right) if squared else None
+
+
+def distances(left: Real, right: Real, offset: Real | None, room: Real) -> Real:
+    """Keys that order every row's columns, [rows of left, rows of right], written into flat `room`.
+
+    With an offset squared Euclidean distances less |q|^2, else negative dot products; `left` is
+    scaled in place.
+    """
+    left *= -1 if offset is None else -2
+    out = room[: len(left) * len(right)].reshape(len(left), len(right))
+    np.matmul(left, right.T, out=out)
+    if offset is not None:
+        out += offset
+    return out

@@ -142,14 +142,14 @@ def rank_rows(
         threads: of the C++ room; None for all cores of this process.
     """
     room = _retrieval if choose() == "retrieval" else _reference
-    ranks, bad_row = room(distance, labels, galleries, threads or _cores())
+    ranks, bad_row = room(distance, labels, galleries, threads or cores())
     if bad_row >= 0:
         column = int(np.isnan(distance[bad_row]).argmax())
         raise ValueError(f"distance: NaN for query {names[bad_row]} (column {column})")
     return ranks
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -7,14 +7,17 @@ from typing import Final, Literal
 
 import numpy as np
 
-from fastreid_vi.evaluation.arrays import Int, Mask, Real
-from fastreid_vi.evaluation.features import Features
+from fastreid_vi.evaluation.arrays import Int, Mask
+from fastreid_vi.evaluation.features import Features, column_offset, distances
 from fastreid_vi.evaluation.positions import Labels, Ranks, rank_rows
+from fastreid_vi.evaluation.streaming import rank_streaming
 
 Metric = Literal["cosine", "inner", "euclidean", "sqeuclidean"]
 
 # Distances in memory at one time; larger blocks do not make the product faster.
 BLOCK_BYTES: Final = 2**25
+# Larger features than this are never in memory as a whole.
+MEMORY_BYTES: Final = 2**28
 
 
 def rank_product(
@@ -45,36 +48,28 @@ def rank_product(
     rows = np.flatnonzero(_can_match(labels))
     query.check_others(rows)
     gallery.check_others(used)
+    if not len(rows):
+        return ranks
     columns = [np.searchsorted(used, gallery_rows) for gallery_rows in galleries]
+    squared = metric.endswith("euclidean")
     dtype = np.result_type(query.dtype, gallery.dtype)
+    if (len(rows) + len(used)) * query.dim * dtype.itemsize > MEMORY_BYTES:
+        found = rank_streaming(
+            query, rows, gallery, used, labels, columns, squared=squared, threads=threads
+        )
+        ranks.put(slice(None), rows, found)
+        return ranks
     left = query.rows(rows).astype(dtype, copy=False)
     right = gallery.rows(used).astype(dtype, copy=False)
-    offset = prepare(left, right, metric)
+    offset = column_offset(right, squared=squared)
     block = max(1, BLOCK_BYTES // (len(used) * dtype.itemsize))
-    room = np.empty((min(block, len(rows)), len(used)), dtype)
+    room = np.empty(min(block, len(rows)) * len(used), dtype)
     for begin in range(0, len(rows), block):
         part = rows[begin : begin + block]
         distance = distances(left[begin : begin + block], right, offset, room)
         found = rank_rows(distance, labels.rows(part), columns, part, threads)
         ranks.put(slice(None), part, found)
     return ranks
-
-
-def prepare(left: Real, right: Real, metric: Metric) -> Real | None:
-    """Scale `left` in place for `distances`; what `distances` adds to every column, if anything."""
-    # Ranking needs no |q|^2, the same for a query's whole row, and no root.
-    offset = np.einsum("nd,nd->n", right, right) if metric.endswith("euclidean") else None
-    left *= -1 if offset is None else -2
-    return offset
-
-
-def distances(left: Real, right: Real, offset: Real | None, room: Real) -> Real:
-    """Keys that order every row's columns, [rows of left, rows of right], written into `room`."""
-    out: Real = room[: len(left), : len(right)]
-    np.matmul(left, right.T, out=out)
-    if offset is not None:
-        out += offset
-    return out
 
 
 def _can_match(labels: Labels) -> Mask:
