@@ -111,6 +111,12 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
   m.def(
       "cross_modality_retrieval_loss_backward(Tensor grad, Tensor embeddings, Tensor labels, "
       "Tensor modalities, float strength) -> Tensor");
+  m.def(
+      "augment(Tensor images, Tensor source, Tensor flip, Tensor top, Tensor left, Tensor border, "
+      "Tensor kind, Tensor hue, Tensor weights, Tensor boxes, Tensor planes, Tensor channel, "
+      "Tensor factor, Tensor nearest, Tensor erase, Tensor values, Tensor levels, "
+      "Tensor? channel_mix, ScalarType dtype, bool channels_last) -> Tensor");
+  m.def("random_erase(Tensor images, Tensor boxes, Tensor values) -> Tensor");
 }
 
 // Importing the module runs the static registrars; it has no Python content of its own.

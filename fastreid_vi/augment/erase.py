@@ -73,6 +73,7 @@ _random_erase = register(
     reference=_reference,
     fake=_fake,
     family="augment",
+    backends=("cpu",),
     rows=(0, 1, 2),
     verify=_verify,
 )

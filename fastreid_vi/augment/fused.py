@@ -244,5 +244,6 @@ _augment = register(
     reference=augment_reference,
     fake=_fake,
     family="augment",
+    backends=("cpu",),
     verify=_verify,
 )
