@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -61,22 +62,36 @@ FASTREID_VI_CLONES void gradient_row(const T* g, const T* x, A on_g, A on_x, A m
   }
 }
 
-// The two small matrices of the gate, [hidden, C] and [C, hidden], in the accumulation type.
+// The two small matrices of the gate, [hidden, C] and [C, hidden], in the accumulation type: the
+// weights themselves where they are of it.
 template <typename A>
 struct Gate {
-  int64_t hidden, channels;
-  std::vector<A> reduce, expand;
-
   template <typename T>
   Gate(const Tensor& w1, const Tensor& w2, const T*)
-      : hidden(w1.size(0)), channels(w1.size(1)), reduce(copy<T>(w1)), expand(copy<T>(w2)) {}
+      : hidden(w1.size(0)), channels(w1.size(1)), tensors{dense(w1), dense(w2)} {
+    reduce = values<T>(0);
+    expand = values<T>(1);
+  }
+  Gate(const Gate&) = delete;  // points into itself
+
+  int64_t hidden, channels;
+  const A *reduce, *expand;
+
+ private:
+  static Tensor dense(const Tensor& weight) {
+    return weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  }
 
   template <typename T>
-  static std::vector<A> copy(const Tensor& weight) {
-    const Tensor dense = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
-    const T* first = dense.const_data_ptr<T>();
-    return std::vector<A>(first, first + dense.numel());
+  const A* values(int i) {
+    const T* first = tensors[i].template const_data_ptr<T>();
+    if constexpr (std::is_same_v<T, A>) return first;
+    copies[i].assign(first, first + tensors[i].numel());
+    return copies[i].data();
   }
+
+  Tensor tensors[2];
+  std::vector<A> copies[2];
 };
 
 template <typename A>
@@ -92,7 +107,7 @@ FASTREID_VI_CLONES void add_scaled(A scale, const A* x, int64_t n, A* y) {
 template <typename A>
 void squeeze(const Gate<A>& gate, const A* mean, A* hidden) {
   for (int64_t j = 0; j < gate.hidden; ++j) {
-    hidden[j] = std::max(dot(gate.reduce.data() + j * gate.channels, mean, gate.channels), A(0));
+    hidden[j] = std::max(dot(gate.reduce + j * gate.channels, mean, gate.channels), A(0));
   }
 }
 
@@ -134,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modality_alleviation(const Tensor& fe
         squeeze(gate, mu, hidden.data());
         for (int64_t c = 0; c < channels; ++c) {
           q[c] = A(1) / std::sqrt(q[c] + static_cast<A>(eps));
-          const A z = dot(gate.expand.data() + c * gate.hidden, hidden.data(), gate.hidden);
+          const A z = dot(gate.expand + c * gate.hidden, hidden.data(), gate.hidden);
           m[c] = A(1) / (A(1) + std::exp(-z));
           pull[c] = (A(1) - m[c]) * q[c];
         }
@@ -165,11 +180,11 @@ void gate_gradient(const Gate<A>& gate, const A* mean, const A* rstd, const A* m
   for (int64_t c = 0; c < gate.channels; ++c) {
     const A dm = mean[c] * sum_g[c] + (A(1) - rstd[c]) * sum_gc[c];  // sum of dy (x - xn)
     dz[c] = dm * m[c] * (A(1) - m[c]);
-    add_scaled(dz[c], gate.expand.data() + c * gate.hidden, gate.hidden, dh);
+    add_scaled(dz[c], gate.expand + c * gate.hidden, gate.hidden, dh);
   }
   for (int64_t j = 0; j < gate.hidden; ++j) {
     if (hidden[j] <= A(0)) dh[j] = A(0);
-    add_scaled(dh[j], gate.reduce.data() + j * gate.channels, gate.channels, dmean);
+    add_scaled(dh[j], gate.reduce + j * gate.channels, gate.channels, dmean);
   }
 }
 
