@@ -82,7 +82,7 @@ def embed_lists(
     size = batch_size or data.identities * data.images
 
     def features(title: str, images: ImageList, spectrum: Any) -> Embeddings:
-        batches = eval_loader(images, data, batch_size=size, spectrum=spectrum)
+        batches = eval_loader(images, data, batch_size=size, spectrum=spectrum, device=place)
         with progress(title) as show:
             return train.embed_all(
                 method,

@@ -177,7 +177,7 @@ def shown_images(
 def _alone(target: Target) -> Any:
     import dataclasses
 
-    return dataclasses.replace(target.recipe.data, workers=0, cache=False)
+    return dataclasses.replace(target.recipe.data, workers=0, cache=False, packed="")
 
 
 def _read(path: Path) -> Any:

@@ -52,7 +52,7 @@ class AgwArrays(Pixels):
             shards.append(self._side(side, part))
             start = len(self._row)
             self._row |= {path: start + i for i, path in enumerate(part.paths)}
-        super().__init__(shards, HEIGHT, WIDTH)
+        super().__init__(shards, HEIGHT, WIDTH, f"AGW's arrays in {root}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AgwArrays, (self.root, self.config)

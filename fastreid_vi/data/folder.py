@@ -54,6 +54,7 @@ class FolderSource:
         spectrum: View = "original",
     ) -> None:
         self.images, self.config = images, config
+        self.place = f"files in {images.root}"
         self._reader = _Reader(images, config, seed=seed, spectrum=spectrum)
         self._columns = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(images, name)))

@@ -97,6 +97,11 @@ class TrainLoader:
         self.images, self.config, self.sampler = images, config, sampler
         self._source = _source(images, config, seed=seed, device=device, spare=spare)
 
+    @property
+    def place(self) -> str:
+        """Where images come from, in words."""
+        return self._source.place
+
     def __len__(self) -> int:
         """Batches of the sampler's current epoch, exactly, those already handed out included."""
         return len(self.sampler)

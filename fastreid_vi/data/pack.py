@@ -28,10 +28,11 @@ class Pixels(ABC):
     Attributes:
         shards: the arrays, read-only.
         height, width: of every image.
+        name: for people.
     """
 
-    def __init__(self, shards: Sequence[Bytes], height: int, width: int) -> None:
-        self.shards, self.height, self.width = tuple(shards), height, width
+    def __init__(self, shards: Sequence[Bytes], height: int, width: int, name: str) -> None:
+        self.shards, self.height, self.width, self.name = tuple(shards), height, width, name
         self._starts = np.cumsum([0, *map(len, self.shards)])
 
     def __len__(self) -> int:
@@ -73,11 +74,10 @@ class Pack(Pixels):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._manifest = read_manifest(self.path / MANIFEST)
-        self.recipe, self.rows = self._manifest.recipe, self._manifest.rows
-        super().__init__(
-            map_shards(self.path, self._manifest), self.recipe.height, self.recipe.width
-        )
+        manifest = read_manifest(self.path / MANIFEST)
+        self.recipe, self.rows = manifest.recipe, manifest.rows
+        shards = map_shards(self.path, manifest)
+        super().__init__(shards, self.recipe.height, self.recipe.width, f"pack {self.path}")
         self._row = {path: row for row, path in enumerate(self.rows.paths)}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastreid_vi.config import DataConfig, DatasetName
-from fastreid_vi.data.images import DataError, ImageList, Int64
+from fastreid_vi.data.images import DataError, Int64
 from fastreid_vi.data.index import Index
 
 FORMAT = 1
@@ -103,17 +102,19 @@ class Rows(NamedTuple):
         return Rows._make(column[:count] for column in self)
 
 
-def rows_of(lists: Iterable[ImageList]) -> Rows:
-    """Every image of some lists once, with the size of its file; without checksums yet.
+def rows_of(dataset: Index) -> Rows:
+    """Every image of a data set, with the size of its file; without checksums yet.
 
     Raises:
         DataError: a file is not there.
     """
     images: dict[str, tuple[Path, int, int, int]] = {}
-    for listed in lists:
+    for listed in (dataset.train, dataset.query, dataset.gallery):
         columns = (listed.pids.tolist(), listed.cams.tolist(), listed.modality.tolist())
         for path, *numbers in zip(listed.paths, *columns, strict=True):
             images[path] = (listed.root / path, *numbers)
+    if dataset.name == "regdb":  # whose trials deal the same images out differently
+        images = dict(sorted(images.items()))
     sizes = [size_of(file) for file, *_ in images.values()]
     table = np.array([row[1:] for row in images.values()], dtype=np.int64).reshape(-1, 3)
     blank = np.full(len(images), -1, dtype=np.int64)

@@ -106,6 +106,7 @@ class Streamed:
     def __init__(self, pixels: Pixels, rows: Int64, plans: Plans, device: torch.device) -> None:
         self.pixels, self.rows, self.plans, self.device = pixels, rows, plans, device
         self.columns = plans.columns.to(device)
+        self.place = f"{pixels.name}, batch by batch to {device}"
         self._own = threading.local()
 
     def batches(self, tasks: Sequence[Task], paired: int) -> Iterator[Batch]:
@@ -190,6 +191,7 @@ class Resident:
         self.plans, self.device = plans, device
         self.columns = plans.columns.to(device)
         self.images = _upload(pixels, rows, device)
+        self.place = f"{pixels.name}, {self.images.nbytes / 2**30:.2f} GiB of it on {device}"
         self._stream = _stream(device)
 
     def batches(self, tasks: Sequence[Task], paired: int) -> Iterator[Batch]:

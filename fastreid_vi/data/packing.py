@@ -92,11 +92,11 @@ def write_pack(
             that says what to do.
     """
     path, recipe = Path(out), PackRecipe.of(dataset, config)
-    rows = rows_of((dataset.train, dataset.query, dataset.gallery))
+    rows = rows_of(dataset)
     manifest = Manifest(recipe, rows, max(shard_bytes // recipe.image_bytes, 1))
     done, seconds = len(rows.paths), 0.0
     try:
-        if not _already(path, manifest, overwrite):
+        if not _already(path, manifest, config, overwrite):
             with _unfinished(path) as folder:
                 writer = _Writer(folder, manifest, overwrite)
                 done = writer.resume()
@@ -119,7 +119,7 @@ def write_pack(
     )
 
 
-def _already(path: Path, manifest: Manifest, overwrite: bool) -> bool:
+def _already(path: Path, manifest: Manifest, config: DataConfig, overwrite: bool) -> bool:
     """Whether `path` is this very pack; raises where it is something that must stay."""
     if not os.path.lexists(path):
         return False
@@ -136,9 +136,10 @@ def _already(path: Path, manifest: Manifest, overwrite: bool) -> bool:
     ):
         return True
     if not overwrite:
+        other = old.recipe.misfit(config) or "it is of other images"
         raise DataError(
-            f"{path}: holds a pack of other images or of another recipe: choose another name, or "
-            "replace it with --overwrite"
+            f"{path}: holds another pack: {other}: choose another name, or replace it with "
+            "--overwrite"
         )
     return False
 

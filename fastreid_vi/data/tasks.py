@@ -32,6 +32,9 @@ class Task(NamedTuple):
 class Source(Protocol):
     """Where the images of batches come from: files or a pack."""
 
+    place: str
+    """In words."""
+
     def batches(self, tasks: Sequence[Task], paired: int) -> Iterator[Batch]:
         """The batches of some tasks, in their order.
 

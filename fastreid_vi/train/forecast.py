@@ -30,6 +30,7 @@ from fastreid_vi.train.step import autocast, compute_dtype
 
 _PLACE = torch.device("cpu")
 _GIB = 2**30
+_RESERVE = 2 * _GIB
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,34 @@ def free_memory(device: torch.device) -> tuple[int, str] | None:
     return free, "this machine"
 
 
+def spare_memory(
+    method: Method, recipe: Recipe, device: torch.device, *, rows: int, paired: int
+) -> int:
+    """Bytes of a CUDA device that training steps will leave free; 0 where that is not known.
+
+    To be asked before the method is moved there. A quarter of the forecast and some more are kept
+    back, for what it does not see: workspaces, fragments, evaluation.
+    """
+    free = free_memory(device) if device.type == "cuda" else None
+    if free is None:
+        return 0
+    try:
+        found = _forecast_on(method, recipe, device, rows=rows, paired=paired)
+    except Exception:
+        return 0
+    return max(free[0] - found.total * 5 // 4 - _RESERVE, 0)
+
+
+def _forecast_on(
+    method: Method, recipe: Recipe, device: torch.device, *, rows: int, paired: int
+) -> Forecast:
+    dtype = compute_dtype(recipe.run.precision, device)
+    # Two stems split an unpaired batch by its values. Halves need as much memory.
+    assumed = paired or recipe.data.images // 2
+    with undisturbed(device):
+        return forecast(method, recipe, rows=rows, paired=assumed, dtype=dtype)
+
+
 def describe(
     method: Method, recipe: Recipe, device: torch.device, *, rows: int, paired: int
 ) -> list[str]:
@@ -190,11 +219,7 @@ def describe(
     Never raises: a method that cannot run without values has no forecast, and the line says why.
     """
     try:
-        dtype = compute_dtype(recipe.run.precision, device)
-        # Two stems split an unpaired batch by its values. Halves need as much memory.
-        assumed = paired or recipe.data.images // 2
-        with undisturbed(device):
-            found = forecast(method, recipe, rows=rows, paired=assumed, dtype=dtype)
+        found = _forecast_on(method, recipe, device, rows=rows, paired=paired)
     except TrainError:
         return []  # said by those who need it
     except Exception as error:

@@ -29,7 +29,7 @@ from fastreid_vi.train.errors import (
     StoppedElsewhere,
     TrainError,
 )
-from fastreid_vi.train.forecast import describe
+from fastreid_vi.train.forecast import describe, spare_memory
 from fastreid_vi.train.keeper import Keeper, TrainResult
 from fastreid_vi.train.log import Display, Log, Mute, RunLog, make_screen
 from fastreid_vi.train.optim import lr_at
@@ -141,7 +141,7 @@ class _Run:
         self.method, self.recipe, self.run_dir = method, recipe, run_dir
         self.team, self.device = team, team.device
         self.root = dataset.root
-        self.judge = Judge(dataset, split.validation, recipe, eval_on)
+        self.judge = Judge(dataset, split.validation, recipe, eval_on, device=team.device)
         self.sampler = make_sampler(
             data.sampler,
             images.labels,
@@ -156,12 +156,18 @@ class _Run:
         if team.world > 1:
             self.sampler.shard(team.rank, team.world)
         self.notes: list[str] = []
+        sizes = {"rows": len(self.sampler.slots), "paired": self.sampler.paired}
         if forecast and team.leads:
-            rows, paired = len(self.sampler.slots), self.sampler.paired
-            self.notes = describe(method, recipe, team.device, rows=rows, paired=paired)
+            self.notes = describe(method, recipe, team.device, **sizes)
+        choose = data.packed and data.resident == "auto"
+        spare = spare_memory(method, recipe, team.device, **sizes) if choose else 0
         if team.world > 1 and run.bn == "sync":
             synchronise(method, team.device)
-        self.loader = train_loader(images, self.sampler, data, seed=run.seed)
+        self.loader = train_loader(
+            images, self.sampler, data, seed=run.seed, device=team.device, spare=spare
+        )
+        if data.packed:
+            self.notes.append(f"images: {self.loader.place}")
         players = dict.fromkeys(map(method.player, method.phases))
         self.optim = {player: recipe.optim_of(player) for player in players}
         self.stepper = Stepper(

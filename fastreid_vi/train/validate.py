@@ -97,13 +97,20 @@ class Judge:
         validation: images of held-out identities, or None.
         recipe: the run.
         eval_on: "validation", or "test" when that was asked for by name.
+        device: where the method will be, for images that come from a pack.
     Raises:
         TrainError: the validation split lacks a modality, the test split its permutations, or no
             query has a match.
     """
 
     def __init__(
-        self, dataset: TrainingData, validation: ImageList | None, recipe: Recipe, eval_on: EvalOn
+        self,
+        dataset: TrainingData,
+        validation: ImageList | None,
+        recipe: Recipe,
+        eval_on: EvalOn,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         self.split, self._recipe = eval_on, recipe
         self._permutations: Any = "random"
@@ -123,7 +130,9 @@ class Judge:
             self._refuse_unscorable(lists)
         size = recipe.data.identities * recipe.data.images
         # Made once: a loader may keep its decoded images.
-        self._loaders = [(eval_loader(i, recipe.data, batch_size=size), i) for i in lists]
+        self._loaders = [
+            (eval_loader(i, recipe.data, batch_size=size, device=device), i) for i in lists
+        ]
 
     def _refuse_unscorable(self, lists: list[ImageList]) -> None:
         """Score zeros: a split without a valid query must not be found out after an epoch."""
