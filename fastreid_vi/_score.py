@@ -117,6 +117,8 @@ def _completed(
 ) -> tuple[Embeddings, Embeddings]:
     from fastreid_vi.data.check import layout_of
 
+    if not root.is_dir():
+        raise ScoreError(f"{root}: no such folder")
     layout = layout_of(root)
     if gallery.dataset not in (None, layout):
         raise ScoreError(f"{path}: embeddings of {gallery.dataset!r}, but {root} is {layout!r}")

@@ -48,6 +48,29 @@ def baseline(tree: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def mcja(tree: Path) -> Path:
+    folder = tree.parent / "mcja"
+    quietly("train", "mcja-sysu", "--data-root", tree, "--run-dir", folder, *SMALL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tree: Path, mpanet: Path) -> Path:
+    """MPANet's embeddings of the test images."""
+    folder = tree.parent / "saved"
+    quietly("embed", mpanet, tree, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_mcja(tree: Path, mcja: Path) -> Path:
+    """MCJA's embeddings of the test images, single channels too."""
+    folder = tree.parent / "saved-mcja"
+    quietly("embed", mcja, tree, "--out", folder)
+    return folder
+
+
 @pytest.fixture
 def damaged(tree: Path, tmp_path: Path) -> Path:
     """A copy to break."""
