@@ -15,6 +15,12 @@ from fastreid_vi.evaluation.protocols import (
 )
 from fastreid_vi.evaluation.ranking import PerQuery, RankMetrics, rank_metrics
 from fastreid_vi.evaluation.regdb import evaluate_regdb, regdb_table
+from fastreid_vi.evaluation.rerank import (
+    k_reciprocal_rerank,
+    multi_spectral_rerank,
+    rerank_memory,
+)
+from fastreid_vi.evaluation.reranked import KReciprocal, MultiSpectral
 
 __all__ = [
     "DIRECTION_NAMES",
@@ -25,6 +31,8 @@ __all__ = [
     "Evaluation",
     "Interval",
     "Intervals",
+    "KReciprocal",
+    "MultiSpectral",
     "PerQuery",
     "RankMetrics",
     "average_evaluations",
@@ -36,11 +44,14 @@ __all__ = [
     "evaluate_llcm",
     "evaluate_regdb",
     "evaluate_sysu",
+    "k_reciprocal_rerank",
     "llcm_galleries",
     "llcm_table",
     "load_embeddings",
+    "multi_spectral_rerank",
     "rank_metrics",
     "regdb_table",
+    "rerank_memory",
     "save_embeddings",
     "sysu_galleries",
     "sysu_table",

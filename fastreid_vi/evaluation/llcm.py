@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-from fastreid_vi.evaluation.arrays import Int, at_least_one, choice
+from fastreid_vi.evaluation.arrays import Int, at_least_one, choice, to_numpy
 from fastreid_vi.evaluation.directions import Direction, check_direction
 from fastreid_vi.evaluation.galleries import Embeddings, ids_and_cams
 from fastreid_vi.evaluation.positions import CameraRule
@@ -22,6 +23,7 @@ from fastreid_vi.evaluation.protocols import (
     rank_galleries,
 )
 from fastreid_vi.evaluation.ranking import CmcBy, summarize
+from fastreid_vi.evaluation.reranked import Rerank, check_rerank, turned
 
 VisToIr = Literal["paper", "released"]
 
@@ -33,6 +35,7 @@ def evaluate_llcm(
     trials: int = 10,
     vis_to_ir: VisToIr = "paper",
     direction: Direction | None = None,
+    rerank: Rerank | None = None,
     normalize: bool = True,
     metric: Metric = "cosine",
     cmc_by: CmcBy | None = None,
@@ -54,6 +57,8 @@ def evaluate_llcm(
             queries do not feel it.
         direction: "vis_to_ir" or "ir_to_vis" to have it checked against the folders in the paths;
             None takes the one they tell. Where neither is known "released" exchanges the sides.
+        rerank: as for `evaluate_sysu`. With "released" every trial's infrared images are queries by
+            themselves.
         normalize: divide features by their L2 norm first.
         metric: as for `evaluate_sysu`.
         cmc_by, camera_rule, max_rank, per_query, threads: as for `rank_metrics`.
@@ -66,28 +71,50 @@ def evaluate_llcm(
     """
     choice("vis_to_ir", vis_to_ir, VisToIr)
     options = make_options(
-        "llcm", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+        "llcm", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads, rerank
     )
     found = check_direction(query, gallery, direction)
+    check_rerank(rerank, found)
     drawn = llcm_galleries(gallery, trials)
     if vis_to_ir == "paper" or found == "ir_to_vis":
         return evaluate_galleries(query, gallery, {"llcm": drawn}, options)["llcm"]
+    options = dataclasses.replace(options, rerank=turned(rerank, "ir_to_vis"))
     return _released(gallery, query, drawn, options)
 
 
 def llcm_table(
-    infrared: Embeddings, visible: Embeddings, *, trials: int = 10
+    infrared: Embeddings,
+    visible: Embeddings,
+    *,
+    trials: int = 10,
+    rerank: Rerank | None = None,
 ) -> dict[str, Evaluation]:
     """Both directions and the released form of the second.
+
+    A `MultiSpectral` takes the direction of each search.
 
     Returns:
         "ir_to_vis", "vis_to_ir" and "vis_to_ir/released" -> evaluation.
     """
+    back = turned(rerank, "vis_to_ir")
     return {
-        "ir_to_vis": evaluate_llcm(infrared, visible, trials=trials, direction="ir_to_vis"),
-        "vis_to_ir": evaluate_llcm(visible, infrared, trials=trials, direction="vis_to_ir"),
+        "ir_to_vis": evaluate_llcm(
+            infrared,
+            visible,
+            trials=trials,
+            direction="ir_to_vis",
+            rerank=turned(rerank, "ir_to_vis"),
+        ),
+        "vis_to_ir": evaluate_llcm(
+            visible, infrared, trials=trials, direction="vis_to_ir", rerank=back
+        ),
         "vis_to_ir/released": evaluate_llcm(
-            visible, infrared, trials=trials, direction="vis_to_ir", vis_to_ir="released"
+            visible,
+            infrared,
+            trials=trials,
+            direction="vis_to_ir",
+            vis_to_ir="released",
+            rerank=back,
         ),
     }
 
@@ -126,18 +153,27 @@ def _folders(gallery: Embeddings) -> list[list[int]]:
 def _released(
     query: Embeddings, gallery: Embeddings, drawn: list[Int], options: Options
 ) -> Evaluation:
-    """The rows `drawn` of `query` search the whole gallery; every row is ranked once."""
-    ranks = rank_galleries(query, gallery, [np.arange(len(gallery.ids))], options).gallery(0)
+    """The rows `drawn` of `query` search the whole gallery."""
+    everything = [np.arange(len(gallery.ids))]
     searched = f"the {len(gallery.ids)} gallery images of llcm, as released"
-    return over_trials(
-        [
-            summarize(
-                ranks.queries(rows),
-                options.cmc_by,
-                options.max_rank,
-                options.per_query,
-                searched,
-            )
+    if options.rerank is None:  # every row is ranked once
+        ranks = rank_galleries(query, gallery, everything, options).gallery(0)
+        trials = [ranks.queries(rows) for rows in drawn]
+    else:
+        trials = [
+            rank_galleries(_some(query, rows), gallery, everything, options).gallery(0)
             for rows in drawn
         ]
+    return over_trials(
+        [
+            summarize(ranks, options.cmc_by, options.max_rank, options.per_query, searched)
+            for ranks in trials
+        ]
     )
+
+
+def _some(images: Embeddings, rows: Int) -> Embeddings:
+    """Features, identities and cameras of some images."""
+    features = to_numpy("query.features", images.features)
+    ids, cams = ids_and_cams("query", images)
+    return Embeddings(features[rows], ids[rows], cams[rows])

@@ -45,7 +45,7 @@ def rank_product(
             f"{gallery.dim}"
         )
     ranks = Ranks.empty(len(galleries), len(labels.query_ids))
-    rows = np.flatnonzero(_can_match(labels))
+    rows = np.flatnonzero(can_match(labels))
     query.check_others(rows)
     gallery.check_others(used)
     if not len(rows):
@@ -72,7 +72,7 @@ def rank_product(
     return ranks
 
 
-def _can_match(labels: Labels) -> Mask:
+def can_match(labels: Labels) -> Mask:
     """Queries that keep a match among the pool images in use; the others need no distances."""
     places = 1 + int(max(labels.query_places.max(), labels.pool_places.max()))
     seen = np.zeros((int(labels.pool_ids.max()) + 2, places), bool)

@@ -27,6 +27,7 @@ from fastreid_vi.evaluation.ranking import (
     check_options,
     summarize,
 )
+from fastreid_vi.evaluation.reranked import Rerank, check_rerank, rank_reranked
 
 QUERY_CAMERAS: Final = (3, 6)
 SETTINGS: Final[tuple[tuple[Mode, int], ...]] = (
@@ -59,6 +60,7 @@ class Options:
     max_rank: int
     per_query: bool
     threads: int | None
+    rerank: Rerank | None = None
 
 
 def evaluate_sysu(
@@ -69,7 +71,7 @@ def evaluate_sysu(
     mode: Mode = "all",
     shots: int = 1,
     trials: int = 10,
-    rerank: None = None,
+    rerank: Rerank | None = None,
     normalize: bool = True,
     metric: Metric = "cosine",
     cmc_by: CmcBy | None = None,
@@ -91,7 +93,10 @@ def evaluate_sysu(
         mode: "all" searches cameras 1, 2, 4, 5; "indoor" searches 1 and 2.
         shots: images of each person and camera in a gallery, or all if there are fewer.
         trials: galleries.
-        rerank: None; nothing else is offered.
+        rerank: `KReciprocal`, `MultiSpectral`, or a function that takes one trial's query and
+            gallery features, normalised if they are to be, and gives distances [Q, G]. A query's
+            result then depends on the other queries: publish it beside the plain one. `metric`
+            then may not be "inner" on features that are not normalised.
         normalize: divide features by their L2 norm first.
         metric: "cosine" (normalises anyway), "inner" (negative dot product), "euclidean" or
             "sqeuclidean" (the same order).
@@ -102,11 +107,10 @@ def evaluate_sysu(
         TypeError, ValueError: the argument, image, folder or trial that does not fit, by name.
     Spec: evaluation, 2.1 and 3.2. Golden: eval/sysu_protocol. Backends: retrieval.
     """
-    if rerank is not None:
-        raise ValueError(f"rerank: expected None (plain distances), got {rerank!r}")
+    check_rerank(rerank, "ir_to_vis")
     galleries = galleries_of(gallery, permutations, [(mode, shots)], trials)
     options = make_options(
-        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads, rerank
     )
     return _evaluate(query, gallery, {f"{mode}/{shots}": galleries[0]}, options)[f"{mode}/{shots}"]
 
@@ -117,6 +121,7 @@ def sysu_table(
     permutations: PermutationTable,
     *,
     trials: int = 10,
+    rerank: Rerank | None = None,
     normalize: bool = True,
     metric: Metric = "cosine",
     cmc_by: CmcBy | None = None,
@@ -132,8 +137,9 @@ def sysu_table(
         `permutations` is "random".
     Spec: evaluation, 2.1 and 4.
     """
+    check_rerank(rerank, "ir_to_vis")
     options = make_options(
-        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+        "sysu", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads, rerank
     )
     settings = [s for s in SETTINGS if s[1] == 1 or not isinstance(permutations, str)]
     galleries = galleries_of(gallery, permutations, settings, trials)
@@ -150,10 +156,16 @@ def make_options(
     max_rank: int | None,
     per_query: bool,
     threads: int | None,
+    rerank: Rerank | None = None,
 ) -> Options:
     """Checked options, with the protocol's defaults for None."""
     rule, by, length = PROTOCOLS[choice("protocol", protocol, ProtocolName)]
     choice("metric", metric, Metric)
+    if rerank is not None and metric == "inner" and not normalize:
+        raise ValueError(
+            "metric: re-ranking is about Euclidean distances; got 'inner' on features that are not "
+            "normalised"
+        )
     options = Options(
         normalize=normalize or metric == "cosine",
         metric=metric,
@@ -162,6 +174,7 @@ def make_options(
         max_rank=length if max_rank is None else max_rank,
         per_query=per_query,
         threads=threads,
+        rerank=rerank,
     )
     check_options(options.camera_rule, options.cmc_by, options.max_rank, threads)
     return options
@@ -214,6 +227,16 @@ def rank_galleries(
     """Positions of the matches of every query in every gallery, [T, Q]."""
     ids, cams = _ids_and_cams("query", query, options.camera_rule)
     pool_ids, pool_cams = _ids_and_cams("gallery", gallery, options.camera_rule)
+    if options.rerank is not None:
+        return rank_reranked(
+            options.rerank,
+            query._replace(ids=ids, cams=cams),
+            gallery._replace(ids=pool_ids, cams=pool_cams),
+            galleries,
+            options.camera_rule,
+            options.normalize,
+            options.threads,
+        )
     used = np.unique(np.concatenate(galleries))
     labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
     return rank_product(

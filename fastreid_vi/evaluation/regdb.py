@@ -10,6 +10,7 @@ from fastreid_vi.evaluation.positions import CameraRule
 from fastreid_vi.evaluation.products import Metric
 from fastreid_vi.evaluation.protocols import Evaluation, evaluate_galleries, make_options
 from fastreid_vi.evaluation.ranking import CmcBy
+from fastreid_vi.evaluation.reranked import Rerank, check_rerank, turned
 
 
 def evaluate_regdb(
@@ -17,6 +18,7 @@ def evaluate_regdb(
     gallery: Embeddings,
     *,
     direction: Direction | None = None,
+    rerank: Rerank | None = None,
     normalize: bool = True,
     metric: Metric = "cosine",
     cmc_by: CmcBy | None = None,
@@ -36,6 +38,7 @@ def evaluate_regdb(
             needed.
         direction: "vis_to_ir" or "ir_to_vis" to have it checked against the folders in the paths;
             None only refuses query and gallery of one modality.
+        rerank: as for `evaluate_sysu`. The published figures take `neighbors="all"`.
         normalize: divide features by their L2 norm first.
         metric: as for `evaluate_sysu`.
         cmc_by, camera_rule, max_rank, per_query, threads: as for `rank_metrics`.
@@ -46,18 +49,29 @@ def evaluate_regdb(
     Spec: evaluation, 2.2. Golden: eval/eval_regdb. Backends: retrieval.
     """
     options = make_options(
-        "regdb", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads
+        "regdb", normalize, metric, cmc_by, camera_rule, max_rank, per_query, threads, rerank
     )
-    check_direction(query, gallery, direction)
+    check_rerank(rerank, check_direction(query, gallery, direction))
     everything = {"regdb": [np.arange(len(gallery.ids))]}
     return evaluate_galleries(query, gallery, everything, options)["regdb"]
 
 
 def regdb_table(
-    infrared: Embeddings, visible: Embeddings, *, cmc_by: CmcBy | None = None
+    infrared: Embeddings,
+    visible: Embeddings,
+    *,
+    cmc_by: CmcBy | None = None,
+    rerank: Rerank | None = None,
 ) -> dict[str, Evaluation]:
-    """Both directions: "vis_to_ir" and "ir_to_vis" -> evaluation."""
-    return {
-        "vis_to_ir": evaluate_regdb(visible, infrared, direction="vis_to_ir", cmc_by=cmc_by),
-        "ir_to_vis": evaluate_regdb(infrared, visible, direction="ir_to_vis", cmc_by=cmc_by),
-    }
+    """Both directions, "vis_to_ir" and "ir_to_vis" -> evaluation.
+
+    A `MultiSpectral` takes the direction of each search.
+    """
+    table: dict[str, Evaluation] = {}
+    directions: tuple[Direction, ...] = ("vis_to_ir", "ir_to_vis")
+    for direction in directions:
+        sides = (visible, infrared) if direction == "vis_to_ir" else (infrared, visible)
+        table[direction] = evaluate_regdb(
+            *sides, direction=direction, cmc_by=cmc_by, rerank=turned(rerank, direction)
+        )
+    return table

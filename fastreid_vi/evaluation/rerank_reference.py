@@ -99,11 +99,11 @@ def _scaled(distances: Real, squares: Real, precision: Precision) -> Real:
     """O: every item's distances divided by the largest; zeros where that is rounding."""
     largest = distances.max(axis=0)
     if precision == "float16":  # as released, but for 0 / 0
-        return (distances / np.where(largest == 0, 1, largest)).T
+        return np.asarray((distances / np.where(largest == 0, 1, largest)).T)
     rounding = ROUNDING * np.finfo(distances.dtype).eps * squares
     some = largest > rounding
     scaled = np.maximum(distances, 0) / np.where(some, largest, 1)
-    return np.where(some, scaled, 0).T
+    return np.asarray(np.where(some, scaled, 0).T)
 
 
 def _neighbor_sets(lists: Int, method: Method) -> list[Int]:
@@ -128,7 +128,7 @@ def _reciprocal(lists: Int, k: int) -> Mask:
     """[i, j]: each among the first k + 1 of the other's list."""
     near = np.zeros(lists.shape, bool)
     np.put_along_axis(near, lists[:, : k + 1], True, axis=1)
-    return near & near.T
+    return np.asarray(near & near.T)
 
 
 def _jaccard(expanded: Real, queries: int, precision: Precision) -> Real:
@@ -140,4 +140,4 @@ def _jaccard(expanded: Real, queries: int, precision: Precision) -> Real:
             overlap[i] += np.minimum(expanded[i, c], by_column[c])
     if precision != "float16":
         overlap = np.minimum(overlap, 1)  # beyond 1 lies rounding only
-    return 1 - overlap / (2 - overlap)
+    return np.asarray(1 - overlap / (2 - overlap))

@@ -19,6 +19,8 @@ from fastreid_vi.evaluation.rerank_reference import ROUNDING, Method
 # A stripe fits the last cache level, with rows enough to keep the product busy.
 STRIPE_BYTES: Final = 2**24
 STRIPE_ROWS: Final = (64, 512)
+# Rows that are widened to float64 at once.
+NORM_ROWS: Final = 256
 
 
 class Shape(NamedTuple):
@@ -152,9 +154,9 @@ def rounding(squares: Real) -> Real:
 def _squares(part: Real) -> Real:
     """Squared norms, summed in float64."""
     squares = np.empty(len(part), np.float32)
-    for begin in range(0, len(part), 256):
-        wide = part[begin : begin + 256].astype(np.float64)
-        squares[begin : begin + 256] = np.einsum("nd,nd->n", wide, wide)
+    for begin in range(0, len(part), NORM_ROWS):
+        wide = part[begin : begin + NORM_ROWS].astype(np.float64)
+        squares[begin : begin + NORM_ROWS] = np.einsum("nd,nd->n", wide, wide)
     return squares
 
 
@@ -175,3 +177,34 @@ def _multiply(parts: Sequence[Real], sizes: Lengths, selection: Any) -> None:
                 at += len(right)
             selection.take(stripe)
         first += len(part)
+
+
+def sparse_memory(shape: Shape, method: Method, threads: int, trial: int | None = None) -> int:
+    """Bytes that `SparseReranking` and one result take at most.
+
+    Args:
+        shape: queries and pool.
+        method: what to compute.
+        threads: of the C++ room.
+        trial: images of the largest gallery, by default the pool.
+    """
+    sizes = lengths(shape, method)
+    images = shape.images if trial is None else trial
+    others = shape.items - sizes.rows
+    lists = sizes.rows * sizes.keep * 8 + others * sizes.keep_others * 4
+    base = 4 * shape.query_items * shape.images
+    # First half: stripes, and lists twice as long as they will be, eight bytes an entry.
+    near, near_others = (min(k, sizes.candidates) for k in (sizes.keep, sizes.keep_others))
+    keys = sizes.rows * min(2 * near, sizes.candidates)
+    keys += others * min(2 * near_others, sizes.candidates)
+    first = 4 * sizes.stripe * shape.items + 8 * keys + 16 * shape.items
+    first += threads * 4 * shape.images
+    # Second half: places of list entries, members of R*, V' of the gallery by columns, result.
+    length = min(method.k1 + 1, sizes.keep)
+    members = length * (1 + min(method.half + 1, sizes.keep)) if method.expand else length
+    members = min(members, sizes.rows)
+    averaged = min(members * method.k2, sizes.rows)
+    second = 12 * sizes.rows * (sizes.keep + members)
+    second += 8 * images * shape.gallery_sets * averaged + threads * 24 * sizes.rows
+    second += 4 * shape.queries * images + threads * 4 * images * (shape.gallery_sets + 1)
+    return base + lists + 4 * shape.items + max(first, second)
