@@ -263,7 +263,7 @@ def kept_rows(section: Section, it: Plan, before: dict[str, Any]) -> dict[str, A
 
 def text(record: dict[str, Any]) -> str:
     """The short table: sections, then what the timings say of each op."""
-    from benchmarks import report
+    from benchmarks import tables
 
     lines = []
     for name, found in record["sections"].items():
@@ -278,7 +278,7 @@ def text(record: dict[str, Any]) -> str:
         for word in found.get("commands", []):
             tail = word.get("output", "").strip().splitlines()
             lines += [f"{'':12} | {line[:140]}" for line in tail[-3:]]
-    return "\n".join([*lines, "", report.gpu_summary(record)])
+    return "\n".join([*lines, "", tables.gpu_summary(record)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.catalogue import Case
 from benchmarks.ceilings import ceilings
 from benchmarks.clock import timed
 from benchmarks.counts import counts
 from benchmarks.device import device_times, replayed
-from benchmarks.catalogue import Case
 from benchmarks.groups import Group, groups
 from benchmarks.machine import machine
 from benchmarks.memory import extra_memory

@@ -1,92 +1,50 @@
-"""Benchmark JSON to the README's table.
+"""Records of benchmarks to tables and charts, and into the README.
 
-    pytest benchmarks --benchmark-only --benchmark-json results.json
-    python benchmarks/report.py results.json
-
-A row is one op, shape and mode; every other formulation is given as a multiple of our time,
-measured in the same run. Slower rows are printed like faster ones.
+python benchmarks/report.py                    the newest committed records
+python benchmarks/report.py results.json       a file of pytest --benchmark-json or make gpu
+python benchmarks/report.py --keep FILE.json   put it among the committed records
+python benchmarks/report.py --readme           write the README's section and the charts
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections import defaultdict
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-ROOMS = ("cuda", "triton", "cpu", "reference")  # ours: the first that was timed
-OTHERS = ("eager", "tidy", "compiled")  # and third parties, where they were installed
-Peers = dict[str, dict[str, Any]]
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def statistics(entry: dict[str, Any]) -> dict[str, Any]:
-    """Median and quartiles in seconds: on a GPU of the events with a cold cache."""
-    device = entry["extra_info"].get("device")
-    if device is None:
-        return {name: entry["stats"][name] for name in ("q1", "median", "q3")}
-    q1, median, q3 = device["cold"]
-    more = {name: device[name] for name in ("graph", "fraction") if name in device}
-    return {"q1": q1, "median": median, "q3": q3, **more}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print tables, keep a record, or write the README's section."""
+    if str(ROOT) not in sys.path:  # started as a file
+        sys.path.insert(0, str(ROOT))
+    from benchmarks import readme, records, tables
 
-
-def grouped(record: dict[str, Any]) -> dict[tuple[str, str, str], Peers]:
-    """(op, shape, mode) -> peer -> statistics."""
-    groups: dict[tuple[str, str, str], Peers] = defaultdict(dict)
-    for entry in record["benchmarks"]:
-        info = entry["extra_info"]
-        if "peer" in info and "op" in info:
-            groups[info["op"], info["shape"], info["mode"]][info["peer"]] = statistics(entry)
-    return dict(sorted(groups.items()))
-
-
-def third_party(peers: Peers, ours: dict[str, Any]) -> str:
-    """The packages that were timed, each as a multiple of our time."""
-    names = sorted(set(peers) - set(ROOMS) - set(OTHERS))
-    return ", ".join(f"{n} {peers[n]['median'] / ours['median']:.1f}x" for n in names) or "-"
-
-
-def on_device(ours: dict[str, Any]) -> str:
-    """Time in a CUDA graph, and the fraction of the roofline where the floor is known."""
-    graph = f"{1e6 * ours['graph'][1]:.1f}" if "graph" in ours else "-"
-    return f"{graph} | " + (f"{ours['fraction']:.2f}" if "fraction" in ours else "-")
-
-
-def table(record: dict[str, Any], only: str | None = None) -> str:
-    """The Markdown table, of one mode if wanted; on a GPU with two columns more."""
-    groups = {key: peers for key, peers in grouped(record).items() if only in (None, key[2])}
-    gpu = any("device" in entry["extra_info"] for entry in record["benchmarks"])
-    heads = ["op", "shape", "mode", "room", "ms (quartiles)", *OTHERS, "third parties"]
-    heads += ["graph us", "of roofline"] if gpu else []
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for (op, shape, mode), peers in groups.items():
-        room = next(r for r in ROOMS if r in peers)
-        ours = peers[room]
-        spread = f"{1e3 * ours['median']:.2f} ({1e3 * ours['q1']:.2f}-{1e3 * ours['q3']:.2f})"
-        cells = [
-            f"{peers[name]['median'] / ours['median']:.1f}x" if name in peers else "-"
-            for name in OTHERS
-        ]
-        cells.append(third_party(peers, ours))
-        cells += [on_device(ours)] if gpu else []
-        lines.append(f"| `{op}` | {shape} | {mode} | {room} | {spread} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="written by pytest --benchmark-json")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("json", type=Path, nargs="?", help="a record; the committed ones else")
     parser.add_argument("--mode", choices=("forward", "training"), help="default: both")
-    arguments = parser.parse_args()
-    record = json.loads(arguments.json.read_text())
-    machine = record["machine_info"]
-    print(table(record, arguments.mode))
-    print(
-        f"\n{record['datetime'][:10]}, commit {record['commit_info']['id'][:8]}, "
-        f"{machine.get('device', '?')}, {machine.get('threads', '?')} threads, "
-        f"PyTorch {machine.get('torch', '?')}"
-    )
+    parser.add_argument("--keep", action="store_true", help="put it among the committed records")
+    parser.add_argument("--readme", action="store_true", help="write the README's section")
+    arguments = parser.parse_args(argv)
+    if arguments.keep:
+        if arguments.json is None:
+            parser.error("--keep needs the file to keep")
+        print(f"kept in {records.keep(arguments.json)}")
+    if arguments.readme:
+        for path in readme.write():
+            print(f"wrote {path.relative_to(ROOT)}")
+    if arguments.keep or arguments.readme:
+        return 0
+    newest = [records.latest(kind) for kind in ("cpu", "gpu")]
+    found = [records.read(arguments.json)] if arguments.json else [n[1] for n in newest if n]
+    if not found:
+        print("no committed record")
+    for record in found:
+        print(tables.everything(record, arguments.mode))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

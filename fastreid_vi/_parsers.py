@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(_verb(verbs, "report", "write one offline HTML page about runs"))
     _add_certify(_verb(verbs, "certify", "hold every op and method against the golden vectors"))
     _add_convert(_verb(verbs, "convert", "turn official checkpoints into ours and back"))
-    _verb(verbs, "doctor", "say what is built, what runs where, and why not")
+    _add_doctor(_verb(verbs, "doctor", "say what is built, what runs where, and why not"))
     return parser
 
 
@@ -173,7 +173,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--pack", metavar="PACK", help=f"{PACK}: that of the run")
     add("--out", type=Path, metavar="DIR", help="where result and embeddings go (the run folder)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1; by default CUDA where there is one")
-    _add_reranking(parser, "none", "none")
+    _add_reranking(parser, "auto", "none")
 
 
 def _add_reranking(parser: argparse.ArgumentParser, default: str, *others: str) -> None:
@@ -258,6 +258,11 @@ def _add_certify(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", metavar="NAME", help="ops, methods or parts of their names")
     add("--backend", nargs="+", metavar="B", help="rooms to try (all that are built)")
     add("--device", metavar="D", help="cpu or cuda (both where there is a GPU)")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    about = "also check every op and time it beside plain PyTorch, about ten seconds"
+    parser.add_argument("--bench", action="store_true", help=about)
 
 
 def _number(text: str) -> int:

@@ -233,6 +233,12 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
 
     found = _doctor.inspect()
     console.say(_doctor.text(found))
+    if args.bench:
+        from fastreid_vi import _selfcheck
+
+        bench = found["bench"] = _selfcheck.run()
+        found["ok"] = found["ok"] and bench["ok"]
+        console.say(f"\n{_selfcheck.text(bench)}")
     console.result(found)
     return OK if found["ok"] else FAILED
 

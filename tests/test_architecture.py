@@ -57,6 +57,7 @@ MAY: dict[str, set[str]] = {
     "_flags": {"config", "methods"},
     "_parsers": {"methods"},
     "_doctor": {"*"},
+    "_selfcheck": {"*"},
     "_evaluate": {"*"},
     "_embed": {"*"},
     "_neighbors": {"evaluation"},

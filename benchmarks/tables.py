@@ -1,0 +1,271 @@
+"""Tables and charts of a record, for the README and the terminal.
+
+Every other formulation is given as a multiple of our time, measured in the same run. Slower rows
+are printed like faster ones; what has no record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts, records
+from benchmarks.records import Key, Record, Row, grouped
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("cuda", "triton", "cpu", "retrieval", "reference")  # ours: the first that was timed
+OTHERS = ("eager", "tidy", "compiled", "autotuned")  # and third parties, where they were installed
+NOT_OPS = ("training_step",)
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+MISSING = "not measured"
+Peers = dict[str, Row]
+
+
+def ours_of(peers: Peers) -> tuple[str, Row] | None:
+    """The room that a user gets, or None where only others were timed."""
+    room = next((r for r in ROOMS if r in peers), None)
+    return None if room is None else (room, peers[room])
+
+
+def milliseconds(row: Row) -> str:
+    """Median and quartiles."""
+    low, middle, high = (1e3 * s for s in row["seconds"])
+    digits = 3 if middle < 0.1 else 2
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def multiple(peers: Peers, name: str, ours: Row) -> str:
+    """Of our time."""
+    return f"{peers[name]['seconds'][1] / ours['seconds'][1]:.1f}x" if name in peers else "-"
+
+
+def third_parties(peers: Peers, ours: Row) -> str:
+    """The packages that were timed."""
+    names = sorted(set(peers) - set(ROOMS) - set(OTHERS))
+    return ", ".join(f"{name} {multiple(peers, name, ours)}" for name in names) or "-"
+
+
+def megabytes(row: Row | None) -> str:
+    """Extra memory."""
+    return f"{row['extra_memory'] / 1e6:.1f}" if row and "extra_memory" in row else "-"
+
+
+def ops_of(record: Record, mode: str | None = None) -> dict[Key, Peers]:
+    """Groups of ops that have a room of ours, of one mode if wanted."""
+    return {
+        key: peers
+        for key, peers in grouped(record).items()
+        if key[0] not in NOT_OPS and key[2] in ("forward", "training")
+        and mode in (None, key[2]) and ours_of(peers)
+    }  # fmt: skip
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def table(record: Record, mode: str | None = None) -> str:
+    """Ops: our time, the others as multiples of it, fraction of the ceiling, extra memory."""
+    gpu = record["kind"] == "gpu"
+    others = OTHERS if gpu else OTHERS[:3]
+    heads = ["op", "shape", *([] if mode else ["mode"]), *(["type"] if gpu else []), "room",
+             "ms (quartiles)", *others, "third parties", "of ceiling", "MB, tidy"]  # fmt: skip
+    heads += ["graph us", "launches"] if gpu else []
+    rows = []
+    for (op, shape, kind, precision), peers in ops_of(record, mode).items():
+        room, ours = ours_of(peers) or ("", {})
+        row = [f"`{op}`", shape, *([] if mode else [kind]), *([precision] if gpu else []), room]
+        row += [milliseconds(ours), *(multiple(peers, name, ours) for name in others)]
+        fraction = f"{ours['fraction']:.2f}" if "fraction" in ours else "-"
+        memory = f"{megabytes(ours)}, {megabytes(peers.get('tidy'))}"
+        row += [third_parties(peers, ours), fraction, memory]
+        if gpu:
+            graph = f"{1e6 * ours['graph'][1]:.1f}" if "graph" in ours else "-"
+            row += [graph, number(ours.get("launches"))]
+        rows.append(row)
+    return markdown(heads, rows)
+
+
+def number(value: int | None) -> str:
+    """A count, where there is one."""
+    return "-" if value is None else str(value)
+
+
+def steps(record: Record) -> dict[str, Peers]:
+    """Shape -> forms of the whole training step."""
+    return {key[1]: peers for key, peers in grouped(record).items() if key[0] == "training_step"}
+
+
+def steps_table(record: Record) -> str:
+    """Whole steps: milliseconds and pictures per second, and what they cost above the backbone."""
+    heads = ["method, batch", "type", "ours, ms (quartiles)", "images/s", "published",
+             "plain PyTorch ops", "bare backbone", "overhead, ours", "overhead, published",
+             "ops", "waits", "launches"]  # fmt: skip
+    rows = []
+    for shape, peers in steps(record).items():
+        if "ours" not in peers:
+            continue
+        ours = peers["ours"]
+        row = [shape, ours.get("precision", "-"), milliseconds(ours)]
+        row.append(f"{ours['images_per_second']:.1f}" if "images_per_second" in ours else "-")
+        row += [multiple(peers, name, ours) for name in ("published", "reference", "backbone")]
+        row += [overhead(peers, name) for name in ("ours", "published")]
+        forms = [peers.get(name, {}) for name in ("ours", "published")]
+        for what in ("dispatched", "waits", "launches"):
+            row.append(", ".join(number(form.get(what)) for form in forms))
+        rows.append(row)
+    return markdown(heads, rows)
+
+
+def overhead(peers: Peers, form: str) -> str:
+    """Of a step's time above that of the bare backbone."""
+    if form not in peers or "backbone" not in peers:
+        return "-"
+    share = peers[form]["seconds"][1] / peers["backbone"]["seconds"][1] - 1
+    return f"{100 * share:+.0f} %"
+
+
+def others_table(record: Record) -> str:
+    """What is no op: the evaluator, re-ranking, search, loading."""
+    rows = []
+    for (op, shape, mode, _), peers in grouped(record).items():
+        if op in NOT_OPS or mode in ("forward", "training", "memory", "bfloat16"):
+            continue
+        best = ours_of(peers)
+        for name, row in sorted(peers.items()):
+            against = multiple({name: row}, name, best[1]) if best else "-"
+            rows.append([f"`{op}`", shape, name, milliseconds(row), against])
+    return markdown(["what", "shape", "by", "ms (quartiles)", "of ours"], rows) if rows else ""
+
+
+def signature(record: Record) -> str:
+    """Where, when and how."""
+    machine = record["machine"]
+    rates = machine.get("ceilings", {})
+    parts = [record["date"], f"commit {record['commit']}", machine.get("device", "?"),
+             machine.get("vectors", "") if record["kind"] == "cpu" else "",
+             f"{machine.get('threads', '?')} threads" if record["kind"] == "cpu" else "",
+             f"PyTorch {machine.get('torch', '?')}"]  # fmt: skip
+    text = ", ".join(part for part in parts if part) + f"; `{record['command']}`"
+    if rates:
+        units = {"copy": "copy {:.1f} GB/s"}
+        units |= {
+            name: name + " product {:.0f} GFLOP/s" for name in ("float32", "bfloat16", "tf32")
+        }
+        known = [u.format(rates[n] / 1e9) for n, u in units.items() if n in rates]
+        text += f"; measured in the same run: {', '.join(known)}"
+    return text
+
+
+def chosen(record: Record) -> dict[str, tuple[Key, Peers]]:
+    """One row of each op for the charts: training if it has that, where we take longest."""
+    found: dict[str, tuple[Key, Peers]] = {}
+    for key, peers in ops_of(record).items():
+        _, ours = ours_of(peers) or ("", {})
+        rank = (key[2] == "training", key[3] == "bfloat16", ours["seconds"][1])
+        if key[0] in found:
+            old, theirs = found[key[0]]
+            _, before = ours_of(theirs) or ("", {})
+            if rank <= (old[2] == "training", old[3] == "bfloat16", before["seconds"][1]):
+                continue
+        found[key[0]] = (key, peers)
+    return found
+
+
+def speed_chart(record: Record) -> str:
+    groups = []
+    for op, (key, peers) in chosen(record).items():
+        _, ours = ours_of(peers) or ("", {})
+        bars = []
+        for name in OTHERS:
+            if name in peers:
+                (a, b, c), (x, y, z) = peers[name]["seconds"], ours["seconds"]
+                bars.append(charts.Bar(NAMES[name], b / y, a / z, c / x))
+        if bars:
+            groups.append(charts.Group(f"{op} {key[2]}", bars))
+    title = "times our time: right of 1 ours is faster (whiskers: quartiles)"
+    axis = charts.axis_for(title, groups, log=True, mark=1.0)
+    return charts.chart("Speed-up", groups, axis, unit="x", note=plain(record))
+
+
+NAMES = {"eager": "published formulation", "tidy": "tidy eager PyTorch",
+         "compiled": "torch.compile", "autotuned": "torch.compile, max-autotune"}  # fmt: skip
+
+
+def ceiling_chart(record: Record) -> str:
+    groups = [
+        charts.Group(f"{op} {key[2]}", [
+            charts.Bar(label, peers[name]["fraction"])
+            for name, label in ((room, "ours"), ("tidy", NAMES["tidy"]))
+            if name in peers and "fraction" in peers[name]
+        ])
+        for op, (key, peers) in chosen(record).items()
+        for room, _ in [ours_of(peers) or ("", {})]
+    ]  # fmt: skip
+    groups = [group for group in groups if group.bars]
+    title = "time of the necessary bytes and products at the measured rates, over the time taken"
+    axis = charts.axis_for(title, groups, log=False, mark=1.0)
+    return charts.chart("Fraction of the ceiling", groups, axis, note=plain(record))
+
+
+def memory_chart(record: Record) -> str:
+    groups = []
+    for op, (key, peers) in chosen(record).items():
+        room, _ = ours_of(peers) or ("", {})
+        bars = [
+            charts.Bar(label, peers[name]["extra_memory"] / 1e6)
+            for name, label in ((room, "ours"), *((n, NAMES[n]) for n in OTHERS[:2]))
+            if name in peers and peers[name].get("extra_memory")
+        ]
+        if bars:
+            groups.append(charts.Group(f"{op} {key[2]}", bars))
+    axis = charts.axis_for("MB held at once by a step, results included", groups, log=True)
+    return charts.chart("Extra memory", groups, axis, note=plain(record))
+
+
+def steps_chart(record: Record) -> str:
+    labels = {"ours": "ours", "published": NAMES["eager"], "backbone": "bare backbone"}
+    groups = [
+        charts.Group(shape, [
+            charts.Bar(label, *(1e3 * peers[form]["seconds"][i] for i in (1, 0, 2)))
+            for form, label in labels.items() if form in peers
+        ])
+        for shape, peers in steps(record).items()
+    ]  # fmt: skip
+    axis = charts.axis_for("ms of a whole training step (whiskers: quartiles)", groups, log=True)
+    return charts.chart("Training steps", groups, axis, note=plain(record))
+
+
+def plain(record: Record) -> str:
+    return signature(record).split(";")[0]
+
+
+CHARTS = {"speed-up": speed_chart, "ceiling": ceiling_chart, "memory": memory_chart,
+          "steps": steps_chart}  # fmt: skip
+
+
+def files_of(path: Path, record: Record) -> dict[Path, str]:
+    """Charts and the table of forward passes beside a record."""
+    found = {path.parent / f"{name}.svg": draw(record) for name, draw in CHARTS.items()}
+    heading = f"# {record['machine'].get('device', '?')}\n\n{signature(record)}\n\n"
+    found[path.parent / "tables.md"] = heading + table(record) + "\n"
+    return found
+
+
+def gpu_summary(found: dict[str, Any]) -> str:
+    """The short table at the end of `make gpu`: of every op the row of the charts."""
+    record = records.flattened(found)
+    kept = {key for key, _ in chosen(record).values()}
+    rows = [row for row in record["rows"] if (row["op"], row["shape"], row["mode"],
+                                              row["precision"]) in kept]  # fmt: skip
+    parts = [table({**record, "rows": rows})] if rows else []
+    parts += [steps_table(record)] if steps(record) else []
+    return "\n\n".join([*parts, signature(record)])
+
+
+def everything(record: Record, mode: str | None = None) -> str:
+    """All tables, for the terminal."""
+    parts = [table(record, mode), steps_table(record), others_table(record), signature(record)]
+    return "\n\n".join(part for part in parts if part)
