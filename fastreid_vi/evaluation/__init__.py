@@ -21,6 +21,7 @@ from fastreid_vi.evaluation.rerank import (
     rerank_memory,
 )
 from fastreid_vi.evaluation.reranked import KReciprocal, MultiSpectral
+from fastreid_vi.evaluation.search import SearchResult, search
 
 __all__ = [
     "DIRECTION_NAMES",
@@ -35,6 +36,7 @@ __all__ = [
     "MultiSpectral",
     "PerQuery",
     "RankMetrics",
+    "SearchResult",
     "average_evaluations",
     "bootstrap_interval",
     "camera_matrix",
@@ -53,6 +55,7 @@ __all__ = [
     "regdb_table",
     "rerank_memory",
     "save_embeddings",
+    "search",
     "sysu_galleries",
     "sysu_table",
 ]
