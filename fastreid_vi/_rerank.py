@@ -120,33 +120,47 @@ def choose(
             "them, --rerank k-reciprocal does without"
         )
     spectra = ("original", *further) if name == "mser" else ()
+    procedure: Any
     if name == "mser":
         procedure = evaluation.MultiSpectral(spectra=list(further.values()), **parameters)
     else:
         procedure = evaluation.KReciprocal(**parameters)
-    queries, images = sizes or (len(query.ids), largest_gallery(query, gallery))
-    dim = int(np.shape(gallery.features)[1])
-    memory = evaluation.rerank_memory(
-        queries, images, dim, spectra=max(1, len(spectra)), neighbors=parameters["neighbors"]
-    )
+    memory = _memory(parameters, query, gallery, max(1, len(spectra)), sizes)
     return Reranking(name, parameters, spectra, source, procedure, memory)
 
 
 def _chosen(asked: str, gallery: Embeddings) -> tuple[str, Mapping[str, Any], str]:
     official = OFFICIAL.get((gallery.method or "", gallery.dataset or ""))
     if official is not None and asked in ("auto", official[0]):
+        if asked == "auto" and official[0] == "mser" and not gallery.spectra:
+            return "k-reciprocal", K_RECIPROCAL, "as published; mser needs embed --spectra"
         return (*official, f"as {gallery.method}'s authors do on {gallery.dataset}")
     if asked == "mser" or (asked == "auto" and gallery.method == "mcja" and gallery.spectra):
         return "mser", MSER, "as MCJA's authors do on sysu"
     return "k-reciprocal", K_RECIPROCAL, "as published"
 
 
-def largest_gallery(query: Embeddings, gallery: Embeddings) -> int:
-    """Images of the largest gallery that the protocol searches at once."""
+def _memory(
+    parameters: Mapping[str, Any],
+    query: Embeddings,
+    gallery: Embeddings,
+    spectra: int,
+    sizes: tuple[int, int] | None,
+) -> int:
+    """Bytes for one search, or for all of the protocol, whose trials share what they can."""
+    dim = int(np.shape(gallery.features)[1])
+    lists = {name: parameters[name] for name in ("k1", "k2", "neighbors")}
+    if sizes is not None:
+        return evaluation.rerank_memory(*sizes, dim, spectra=spectra, **lists)
+    most = pool = max(len(query.ids), len(gallery.ids))
     if gallery.dataset == "sysu" and gallery.permutations is not None:
-        rows = sysu_galleries(gallery, gallery.permutations, mode="all", shots=10, trials=1)[0]
-        return len(rows)
-    return max(len(query.ids), len(gallery.ids))
+        of: Any = {"mode": "all", "shots": 10, "trials": _score.TRIALS}
+        trials = sysu_galleries(gallery, gallery.permutations, **of)
+        most, pool = len(trials[0]), len(np.unique(np.concatenate(trials)))
+    if lists["neighbors"] == "queries":
+        return evaluation.rerank_memory(len(query.ids), pool, dim, spectra=spectra, **lists)
+    copies = 4 * dim * pool * spectra  # of all trials' images
+    return copies + evaluation.rerank_memory(len(query.ids), most, dim, spectra=spectra, **lists)
 
 
 def size_text(count: int) -> str:
@@ -184,11 +198,11 @@ def rerank(
     out: Path | None,
     ranking: Path | None,
     console: Console,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
     """Re-rank saved embeddings and write distances, the first k of every query, or both.
 
     Returns:
-        What was done, JSON-ready.
+        What was done, JSON-ready, and how it is called.
     Raises:
         RerankError, ScoreError, OutputError, EmbeddingsError: one line that says what does not fit.
     """
@@ -215,10 +229,9 @@ def rerank(
         "direction": direction,
         "setting": setting or "whole gallery",
         "trial": trial if setting else None,
-        "queries": sizes[0],
-        "gallery": sizes[1],
+        "query_images": sizes[0],
+        "gallery_images": sizes[1],
         "seconds": seconds,
-        "text": chosen.text(),
     }
     if out is not None:
         arrays = {
@@ -234,7 +247,7 @@ def rerank(
         rows = np.asarray(asking.rows, np.int64)[near]
         _neighbors.write(ranking, Neighbors(asking.query, asking.gallery, rows, scores), about)
         about["ranking"] = str(ranking)
-    return about
+    return about, chosen.text()
 
 
 def who(path: Path, direction: str, setting: str | None, trial: int) -> Asking:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastreid_vi import _neighbors, evaluation
+from fastreid_vi import _neighbors
 from fastreid_vi._neighbors import Neighbors
 from fastreid_vi.evaluation import Embeddings, load_embeddings
 from fastreid_vi.evaluation.embeddings import EmbeddingsError, find_sides
+from fastreid_vi.evaluation.search import search as nearest
 
 if TYPE_CHECKING:
     from fastreid_vi._console import Console
+    from fastreid_vi.evaluation.nearest import Metric
 
 TIMED = 100  # single queries that the latency is taken from
 
@@ -30,7 +32,7 @@ def search(
     gallery: Path,
     *,
     k: int,
-    metric: str = "cosine",
+    metric: Metric = "cosine",
     run: Path | None = None,
     recipe: str | None = None,
     modality: str | None = None,
@@ -55,7 +57,7 @@ def search(
     check_same(query, asking, gallery, pool)
     k = min(k, len(pool.ids))
     began = time.perf_counter()
-    scores, indices = evaluation.search(asking.features, pool.features, k, metric=metric)
+    scores, indices = nearest(asking.features, pool.features, k, metric=metric)
     seconds = time.perf_counter() - began
     found = Neighbors(asking, pool, np.asarray(indices), np.asarray(scores))
     about: dict[str, Any] = {
@@ -141,13 +143,13 @@ def _embedded(
     return made.sides["query"]
 
 
-def _latency(asking: Embeddings, pool: Embeddings, k: int, metric: str) -> dict[str, float]:
+def _latency(asking: Embeddings, pool: Embeddings, k: int, metric: Metric) -> dict[str, float]:
     """Milliseconds of single queries: median and 95th percentile."""
     times = []
     for row in range(min(TIMED, len(asking.ids))):
         one = np.ascontiguousarray(asking.features[row : row + 1])
         began = time.perf_counter()
-        evaluation.search(one, pool.features, k, metric=metric)
+        nearest(one, pool.features, k, metric=metric)
         times.append(1000 * (time.perf_counter() - began))
     return {"p50": float(np.percentile(times, 50)), "p95": float(np.percentile(times, 95))}
 

@@ -23,10 +23,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         from fastreid_vi._evaluate import embed_run
 
         query, gallery, about, folder = embed_run(args, console)
+    reranking = _rerank.choose(args.rerank, query, gallery, changes=_rerank.changes_of(args))
     result = {**_score.score(query, gallery), **about}
     console.say(_score.heading(result))
     console.say(_score.table_text(result))
-    reranking = _rerank.choose(args.rerank, query, gallery, changes=_rerank.changes_of(args))
     if folder is not None:
         _score.keep(folder, query, gallery, result)
     if reranking is not None:
@@ -77,7 +77,7 @@ def rerank(args: argparse.Namespace, console: Console) -> int:
     """Write re-ranked distances of saved embeddings."""
     from fastreid_vi import _rerank
 
-    about = _rerank.rerank(
+    about, name = _rerank.rerank(
         args.embeddings,
         asked=args.rerank,
         changes=_rerank.changes_of(args),
@@ -89,8 +89,8 @@ def rerank(args: argparse.Namespace, console: Console) -> int:
         ranking=args.ranking,
         console=console,
     )
-    console.say(about.pop("text"))
-    sizes = f"{about['queries']} queries x {about['gallery']} images"
+    console.say(name)
+    sizes = f"{about['query_images']} queries x {about['gallery_images']} images"
     kept = " and ".join(str(about[name]) for name in ("out", "ranking") if name in about)
     console.say(f"{sizes} in {about['seconds']:.1f} s; kept in {kept}")
     console.result(about)
