@@ -18,7 +18,7 @@ from fastreid_vi.evaluation.rerank_reference import ROUNDING, Method
 
 # A stripe fits the last cache level, with rows enough to keep the product busy.
 STRIPE_BYTES: Final = 2**24
-STRIPE_ROWS: Final = (64, 512)
+STRIPE_ROWS: Final = (64, 256)
 # Rows that are widened to float64 at once.
 NORM_ROWS: Final = 256
 
@@ -82,6 +82,10 @@ class SparseReranking:
         trials: columns of the pool; several only where queries alone are neighbours and fill the
             lists, for only then the trials share them.
         threads: of the C++ room; the products use those of NumPy's BLAS.
+    Attributes:
+        lists, other_lists: int32, nearest items of the items that can be neighbours, of the others.
+        maxima: [T, items that can be neighbours] m.
+        native: R*, V and V' for those who want to look.
     """
 
     def __init__(
@@ -114,12 +118,12 @@ class SparseReranking:
             threads=threads,
         )
         _multiply(parts, sizes, selection)
-        lists, distances, others, self._maxima = selection.finish()
+        self.lists, distances, self.other_lists, self.maxima = selection.finish()
         del selection
-        self._native = native.Reranking(
-            lists,
+        self.native = native.Reranking(
+            self.lists,
             distances,
-            others,
+            self.other_lists,
             base,
             rounding(squares[: sizes.rows]),
             parts,
@@ -137,7 +141,7 @@ class SparseReranking:
         """F of some queries, all by default, and the trial's images, float32."""
         wanted = np.arange(self.queries) if queries is None else queries
         columns = self._trials[trial]
-        found: Real = self._native.result(self._maxima[trial], columns, wanted, self._threads)
+        found: Real = self.native.result(self.maxima[trial], columns, wanted, self._threads)
         return found
 
 

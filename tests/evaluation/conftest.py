@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastreid_vi
-from fastreid_vi.evaluation import Embeddings, positions
+from fastreid_vi.evaluation import Embeddings, positions, rerank, reranked
 from tests.conftest import golden
 
 ROOMS = ("reference", "retrieval")
@@ -31,6 +31,29 @@ def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     for name in ROOMS:
         monkeypatch.setattr(positions, f"_{name}", watched(getattr(positions, f"_{name}"), name))
+    with fastreid_vi.backend(request.param):
+        yield request.param
+    assert ran, f"{request.param} did not run"
+
+
+@pytest.fixture(params=ROOMS)
+def rerank_room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same for re-ranking."""
+    ran = []
+
+    def watched(function: Any, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            assert name == request.param, f"{name} ran, {request.param} was asked for"
+            ran.append(name)
+            return function(*args)
+
+        return call
+
+    dense = watched(rerank.dense_multi_spectral, "reference")
+    sparse = watched(rerank.SparseReranking, "retrieval")
+    monkeypatch.setattr(rerank, "dense_multi_spectral", dense)
+    for module in (rerank, reranked):
+        monkeypatch.setattr(module, "SparseReranking", sparse)
     with fastreid_vi.backend(request.param):
         yield request.param
     assert ran, f"{request.param} did not run"
