@@ -5,15 +5,17 @@ RESULTS ?= build/benchmarks
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu wheel clean help
+.PHONY: demo test lint bench bench-check gpu wheel clean help
 
 help:
 	@echo "make demo   draw a data set, train baseline and MPANet, evaluate, report (runs/demo)"
 	@echo "            METHODS=\"lba mcja aligngan\" trains others and adds their rows"
 	@echo "make test   all tests and one round of every benchmark"
 	@echo "make lint   ruff, clang-format, mypy --strict"
-	@echo "make bench  benchmarks on this machine"
-	@echo "make gpu    every GPU test, then the benchmarks (JSON in RESULTS=$(RESULTS)); uses the python3 that holds PyTorch"
+	@echo "make bench  benchmarks on this machine, and their table (JSON in RESULTS=$(RESULTS))"
+	@echo "make bench-check   ratios against the committed baseline of this device class"
+	@echo "make gpu    everything that needs a GPU, in nine minutes; uses the python3 that holds PyTorch"
+	@echo "            ONLY=ceilings,alignment  some sections or families; SANITIZER=0; DRY_RUN=1 without a GPU"
 
 # PyTorch comes before the dependencies of the project, so that its version stays the one named above.
 $(VENV)/.base: pyproject.toml
@@ -46,18 +48,22 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cu' 'tests/*.cpp')
 
+# Every row, then the table; the file can be kept: python benchmarks/report.py --keep FILE, then --readme.
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
-
-# A GPU machine brings its own PyTorch; nothing is downloaded there.
-gpu:
-	@python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null \
-	  || { echo "make gpu: python3 sees no CUDA device (torch.cuda.is_available() is False); nothing was run"; exit 1; }
-	python3 -m pip install --quiet --no-deps --no-build-isolation -e .
-	python3 -m pytest -q -p no:cacheprovider tests/ops tests/test_dispatch.py tests/train/test_on_device.py
 	mkdir -p $(RESULTS)
-	python3 -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/gpu.json
-	python3 benchmarks/report.py $(RESULTS)/gpu.json
+	$(BIN)/python -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
+
+# Ratios against tidy eager PyTorch, held to benchmarks/baselines/<class>.json.
+bench-check: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gate check
+
+# A GPU machine brings its own PyTorch; nothing is downloaded there. DRY_RUN=1 needs no GPU.
+GPU_PYTHON ?= $(if $(DRY_RUN),$(BIN)/python,python3)
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.test)
+	@$(GPU_PYTHON) -c "import torch" || { echo "make gpu: $(GPU_PYTHON) does not load PyTorch; nothing was run"; exit 1; }
+	$(GPU_PYTHON) -m benchmarks.gpu_run $(if $(DRY_RUN),--dry-run) $(if $(filter 0,$(SANITIZER)),--no-sanitizer) \
+	  --only "$(ONLY)" $(if $(filter command environment,$(origin RESULTS)),--results "$(RESULTS)")
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -8,7 +8,7 @@ Times of one machine say nothing about another, and not much about themselves an
 ratio of two steps that took turns does. A row fails when its ratio is above the baseline's by more
 than its tolerance in every one of three measurements: twice the largest deviation that clean runs
 showed, at least 8 %. A row that would need more than 14 % is shown but not held to anything.
-On a CPU one thread is measured, so that a busy neighbour core does not matter.
+On a CPU one thread is measured, by the seconds that it computed: neighbours hardly matter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The ratio of two steps, measured so that whatever else the machine does hits both.
 
 Blocks of calls alternate, A B, B A, A B ...; of each side a low quantile of its blocks is kept,
-which is what the step costs while nobody else holds the core, and the ratio is that of the two.
+which is what the step costs while nobody else spoils the caches, and the ratio is that of the two.
+On a CPU seconds are those that this thread computed, not those of the wall: a process that takes
+the core away does not count. So both steps must compute in one thread.
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ class Ratio(NamedTuple):
 
 
 def block_seconds(step: Step, calls: int) -> float:
-    """Seconds of so many calls, the device waited for once."""
-    began = time.perf_counter()
+    """Seconds of so many calls: of this thread, or on a GPU until the device is done."""
+    if torch.cuda.is_available():
+        began = time.perf_counter()
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    began = time.thread_time()
     for _ in range(calls):
         step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def calls_of(step: Step) -> tuple[int, float]:
