@@ -22,6 +22,7 @@ from fastreid_vi.evaluation.rerank import (
 )
 from fastreid_vi.evaluation.reranked import KReciprocal, MultiSpectral
 from fastreid_vi.evaluation.search import SearchResult, search
+from fastreid_vi.evaluation.sharded import sharded_search
 
 __all__ = [
     "DIRECTION_NAMES",
@@ -56,6 +57,7 @@ __all__ = [
     "rerank_memory",
     "save_embeddings",
     "search",
+    "sharded_search",
     "sysu_galleries",
     "sysu_table",
 ]

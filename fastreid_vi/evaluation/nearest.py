@@ -89,9 +89,10 @@ class _Reference:
         some = slice(first_column, first_column + products.shape[1])
         gallery, norms = gallery[some], norms[some]
         chosen = slice(first_query, first_query + count)
-        rows, columns = self._survivors(chosen, products, gallery.shape[1], norms)
-        rows += first_query
-        keys = self._keys_of(rows, columns, gallery, norms)
+        with np.errstate(all="ignore"):  # where something overflows, nothing is discarded
+            rows, columns = self._survivors(chosen, products, gallery.shape[1], norms)
+            rows += first_query
+            keys = self._keys_of(rows, columns, gallery, norms)
         self._merge(rows, keys, columns + first_index + first_column)
 
     def close(self, threads: int) -> None:
