@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,32 @@ class Console:
         with bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @contextmanager
+    def waiting(self, title: str) -> Iterator[Progress]:
+        """`progress` for work that may not tell how far it is: a line with the time from time to
+        time where there is no terminal, until the function is called.
+        """
+        with self.progress(title) as show:
+            done, began = threading.Event(), time.monotonic()
+
+            def told(count: int, total: int) -> None:
+                done.set()
+                show(count, total)
+
+            def tick() -> None:
+                while not done.wait(_QUIET_SECONDS):
+                    self.note(f"{title}: {time.monotonic() - began:.0f} s")
+
+            clock = threading.Thread(target=tick, daemon=True)
+            if not sys.stderr.isatty():
+                clock.start()
+            try:
+                yield told
+            finally:
+                done.set()
+                if clock.is_alive():
+                    clock.join()
 
 
 class Quiet(Console):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -62,6 +63,22 @@ class Reranking(NamedTuple):
     def note(self) -> str:
         """What must be said beside its numbers."""
         return SHARED if self.parameters["neighbors"] == "queries" else WHOLE
+
+    def counted(self, show: Callable[[int, int], None], total: int) -> Any:
+        """The procedure, telling `show` of every gallery it has done.
+
+        Masked, and with several spectra, the galleries share work and are not done one by one.
+        """
+        if self.name != "k-reciprocal" or self.parameters["neighbors"] == "queries":
+            return self.procedure
+        numbers = itertools.count(1)
+
+        def rerank(query: Any, gallery: Any) -> Any:
+            distances = self.procedure(query, gallery)
+            show(next(numbers), total)
+            return distances
+
+        return rerank
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -220,7 +237,7 @@ def rerank(
         f"re-ranking {sizes[0]} x {sizes[1]} takes about {size_text(chosen.memory)} of memory"
     )
     began = time.perf_counter()
-    with console.progress("re-ranking"):
+    with console.waiting("re-ranking"):
         distances = distances_of(asking, chosen)
     seconds = time.perf_counter() - began
     about = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -171,10 +171,22 @@ def score(query: Embeddings, gallery: Embeddings) -> dict[str, Any]:
 
 
 def add_reranked(
-    result: dict[str, Any], query: Embeddings, gallery: Embeddings, reranking: Reranking
+    result: dict[str, Any],
+    query: Embeddings,
+    gallery: Embeddings,
+    reranking: Reranking,
+    show: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """The result of `score` with every setting's re-ranked figures beside the plain ones."""
-    table = tables(query, gallery, reranking.procedure)
+    """The result of `score` with every setting's re-ranked figures beside the plain ones.
+
+    Args:
+        result: of `score`.
+        query, gallery: as for `score`.
+        reranking: what to do.
+        show: called with (galleries done, galleries in all) where each is re-ranked by itself.
+    """
+    total = sum(len(found["trials"]) for found in result["settings"].values())
+    table = tables(query, gallery, reranking.counted(show, total))
     settings = {
         name: {
             **found,

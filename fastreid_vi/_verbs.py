@@ -31,8 +31,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         _score.keep(folder, query, gallery, result)
     if reranking is not None:
         console.note(f"re-ranking takes about {_rerank.size_text(reranking.memory)} of memory")
-        with console.progress("re-ranking"):
-            result = _score.add_reranked(result, query, gallery, reranking)
+        with console.waiting("re-ranking galleries") as show:
+            result = _score.add_reranked(result, query, gallery, reranking, show)
         console.say(reranking.text())
         console.say(_score.reranked_text(result))
         if folder is not None:
