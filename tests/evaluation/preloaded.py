@@ -12,8 +12,10 @@ import sys
 LIBRARY = "FASTREID_VI_RETRIEVAL"
 NAME = "fastreid_vi._retrieval"
 
-spec = importlib.util.spec_from_file_location(NAME, os.environ[LIBRARY])
-assert spec is not None
-assert spec.loader is not None
-sys.modules[NAME] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[NAME])
+
+def pytest_configure() -> None:
+    spec = importlib.util.spec_from_file_location(NAME, os.environ[LIBRARY])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
