@@ -28,6 +28,10 @@ Data = tuple[Embeddings, Embeddings, dict[tuple[int, int], np.ndarray]]
 
 @pytest.fixture(scope="module")
 def data() -> Data:
+    return planted()
+
+
+def planted() -> Data:
     """Planted identities in the real counts of images per folder, seeded permutations."""
     real = golden("eval/sysu_real_counts")
     counts, pids = real["counts"].astype(int), real["test_id"].astype(int)

@@ -1,0 +1,248 @@
+"""Records to tables, charts and the README's section: what is generated, and that it is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import charts, readme, records, report, tables
+from benchmarks.records import Record
+
+
+def row(peer: str, seconds: float, **more: Any) -> dict[str, Any]:
+    return {
+        "op": "gem_pool", "shape": "lba", "mode": "training", "precision": "float32",
+        "peer": peer, "seconds": [0.9 * seconds, seconds, 1.1 * seconds], **more,
+    }  # fmt: skip
+
+
+def record(kind: str = "cpu", *rows: dict[str, Any]) -> Record:
+    return {
+        "kind": kind, "date": "2030-01-02", "commit": "0123abcd", "command": f"make {kind}",
+        "machine": {"class": "some-machine", "device": "Some Machine", "threads": 2,
+                    "torch": "2.13", "vectors": "AVX2", "ceilings": {"copy": 4e10}},
+        "rows": list(rows),
+    }  # fmt: skip
+
+
+OURS = row("cpu", 2e-3, fraction=0.25, extra_memory=2_000_000)
+EAGER = row("eager", 1e-3, extra_memory=4_000_000)  # twice as fast as ours
+SLOW = row("tidy", 6e-3, extra_memory=8_000_000)
+
+
+def step(peer: str, seconds: float, **more: Any) -> dict[str, Any]:
+    return row(peer, seconds, op="training_step", shape="mpanet_16", **more)
+
+
+STEPS = (
+    step("ours", 1.1, images_per_second=14.5, dispatched=480, waits=0, launches=None),
+    step("published", 2.2, dispatched=1200, waits=55, launches=None),
+    step("backbone", 1.0),
+)
+
+
+def save(folder: Path, found: Record) -> Path:
+    path = folder / found["machine"]["class"] / f"{found['date']}-{found['commit']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return path
+
+
+class TestTables:
+    def test_multiples_of_our_time(self) -> None:
+        text = tables.table(record("cpu", OURS, EAGER, SLOW, row("torchsort", 8e-3)))
+        head, _, line = text.splitlines()
+        cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        assert cells["ms (quartiles)"] == "2.00 (1.80-2.20)"
+        assert cells["eager"] == "0.5x"  # slower than eager, and shown
+        assert cells["tidy"] == "3.0x"
+        assert cells["compiled"] == "-"
+        assert cells["third parties"] == "torchsort 4.0x"
+        assert cells["of ceiling"] == "0.25"
+        assert cells["MB, tidy |"] == "2.0, 8.0 |"
+
+    def test_a_gpu_has_more_columns(self) -> None:
+        ours = row("triton", 2e-4, precision="bfloat16", graph=[1e-4] * 3, launches=2)
+        text = tables.table(record("gpu", ours, row("autotuned", 3e-4, precision="bfloat16")))
+        assert "| 100.0 | 2 |" in text
+        assert "| 1.5x |" in text
+        assert "bfloat16" in text
+
+    def test_rooms_stand_before_the_reference(self) -> None:
+        text = tables.table(record("cpu", row("reference", 9.0), OURS))
+        assert "| cpu | 2.00" in text
+
+    def test_whole_steps(self) -> None:
+        text = tables.steps_table(record("cpu", *STEPS))
+        assert "| 2.0x | - | 0.9x | +10 % | +120 % | 480, 1200 | 0, 55 | -, - |" in text
+        assert "| 14.5 |" in text
+
+    def test_what_is_no_op(self) -> None:
+        rows = [row(p, s, op="sysu_table", mode="") for p, s in (("retrieval", 0.5), ("loop", 5.0))]
+        text = tables.others_table(record("cpu", *rows))
+        assert "| loop | 5000.00 (4500.00-5500.00) | 10.0x |" in text
+        assert "`sysu_table`" not in tables.table(record("cpu", *rows))
+
+
+FOUND = {
+    "machine_info": {"class": "m", "device": "M", "torch": "2.13", "python_version": "3.11"},
+    "commit_info": {"id": "0123abcd" * 5},
+    "datetime": "2030-01-02T10:00:00",
+    "benchmarks": [
+        {"name": "bench_gem_pool[x]", "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0,
+                                                "rounds": 5, "data": [1.0]},
+         "extra_info": {"op": "gem_pool", "peer": "cpu", "shape": "s", "mode": "training",
+                        "precision": "float32", "error": 1.23456e-7}},
+        {"name": "bench_else", "stats": {}, "extra_info": {}},
+    ],
+}  # fmt: skip
+
+
+class TestRecords:
+    def test_a_file_by_pytest_benchmark(self, tmp_path: Path) -> None:
+        path = tmp_path / "found.json"
+        path.write_text(json.dumps(FOUND))
+        found = records.read(path)
+        (only,) = found["rows"]
+        assert only["seconds"] == [1.0, 2.0, 3.0]
+        assert only["error"] == 1.235e-7
+        assert found["commit"] == "0123abcd"
+        kept = records.keep(path, tmp_path / "results")
+        assert kept == tmp_path / "results" / "m" / "2030-01-02-0123abcd.json"
+        assert records.read(kept) == found
+
+    def test_a_file_by_make_gpu(self, tmp_path: Path) -> None:
+        base = {"op": "gem_pool", "peer": "triton", "mode": "training", "shape": "s",
+                "precision": "bfloat16"}  # fmt: skip
+        name = "bench_pool.py::bench_gem_pool[bfloat16-triton-s-training]"
+        counted = name.replace("bfloat16", "float32")
+        found = {
+            "kind": "gpu", "date": "2030-01-02", "commit": "0123abcd", "machine": {"class": "h"},
+            "sections": {
+                "ceilings": {"rows": {"ceilings": {"copy": 4.3e12}}},
+                "counts": {"rows": {counted: {"launches": 1, "dispatched": 4, "waits": 0}}},
+                "graphs": {"rows": {name: {"graph": [1e-5] * 3}}},
+                "timings": {"rows": {name: {**base, "cold": [3e-5] * 3, "warm": [2e-5] * 3},
+                                     "wrong": {**base, "failed": "Wrong"}}},
+                "steps": {"rows": {"x": {"method": "x", "peer": "ours", "shape": "x_1",
+                                         "precision": "bfloat16", "seconds": [1.0] * 3}}},
+            },
+        }  # fmt: skip
+        path = tmp_path / "gpu.json"
+        path.write_text(json.dumps(found))
+        read = records.read(path)
+        first, second = read["rows"]
+        assert (first["seconds"], first["warm"]) == ([3e-5] * 3, [2e-5] * 3)
+        assert (first["launches"], first["graph"]) == (1, [1e-5] * 3)
+        assert second["op"] == "training_step"
+        assert "copy 4300.0 GB/s" in tables.signature(read)
+        assert "gem_pool" in tables.gpu_summary(found)
+
+    def test_another_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "other.json"
+        path.write_text('{"a": 1}')
+        with pytest.raises(ValueError, match=r"expected a record of benchmarks, got keys \['a'\]"):
+            records.read(path)
+
+    def test_the_newest_of_a_kind(self, tmp_path: Path) -> None:
+        save(tmp_path, {**record("cpu"), "date": "2029-01-01"})
+        newest = save(tmp_path, record("cpu"))
+        rehearsal = record("gpu")
+        rehearsal["machine"]["class"] = "dry-run"
+        save(tmp_path, rehearsal)
+        path, _ = records.latest("cpu", tmp_path) or (None, None)
+        assert path == newest
+        assert records.latest("gpu", tmp_path) is None
+
+
+class TestSection:
+    def test_cpu_and_gpu_apart(self, tmp_path: Path) -> None:
+        save(tmp_path, record("cpu", OURS, EAGER, SLOW, *STEPS))
+        text = readme.section(tmp_path)
+        cpu, gpu = text.split("### GPU")
+        assert "2.00 (1.80-2.20)" in cpu
+        assert "2030-01-02, commit 0123abcd, Some Machine" in cpu
+        assert "`make cpu`" in cpu
+        assert "+120 %" in cpu
+        assert "| `gem_pool` | not measured | not measured |" in gpu
+        assert gpu.rstrip().endswith(tables.END)
+
+    def test_a_gpu_record(self, tmp_path: Path) -> None:
+        save(tmp_path, record("cpu", OURS))
+        found = record("gpu", row("cuda", 1e-4, precision="bfloat16"))
+        found["machine"]["class"] = "gpu-machine"
+        save(tmp_path, found)
+        gpu = readme.section(tmp_path).split("### GPU")[1]
+        assert "0.10 (0.09-0.11)" in gpu
+        assert "Whole training steps: not measured." in gpu
+
+    def test_nothing_measured(self, tmp_path: Path) -> None:
+        text = readme.section(tmp_path)
+        assert "### CPU\n\nNot measured." in text
+
+    def test_between_the_markers(self) -> None:
+        text = f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n"
+        assert readme.replaced(text, "new") == "a\nnew\nb\n"
+        for broken in ("a", f"{tables.END}{tables.BEGIN}", text + text):
+            with pytest.raises(ValueError, match="README"):
+                readme.replaced(broken, "new")
+
+
+class TestCharts:
+    FOUND = record("cpu", OURS, EAGER, SLOW, *STEPS)
+
+    @pytest.mark.parametrize("name", tables.CHARTS)
+    def test_well_formed_and_the_same_again(self, name: str) -> None:
+        draw = tables.CHARTS[name]
+        text = draw(self.FOUND)
+        assert draw(self.FOUND) == text
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+        assert "2030-01-02" in text
+
+    def test_bars_have_lengths_and_whiskers(self) -> None:
+        axis = charts.Axis("t", 0.1, 10.0, log=True, mark=1.0)
+        groups = [charts.Group("op <x>", [charts.Bar("a", 10.0, 5.0, 10.0), charts.Bar("b", 0.1),
+                                          charts.Bar("c", None)])]  # fmt: skip
+        text = charts.chart("title", groups, axis)
+        root = ElementTree.fromstring(text)
+        widths = [float(r.get("width") or 0) for r in root if r.get("height") == str(charts.BAR)]
+        assert widths == [charts.PLOT / 2, charts.PLOT / 2]  # either side of 1
+        assert "not measured" in text
+        assert "op &lt;x&gt;" in text
+
+    def test_slower_bars_end_left_of_one(self) -> None:
+        axis = charts.axis_for("t", [charts.Group("g", [charts.Bar("a", 0.5)])], log=True, mark=1.0)
+        assert axis.place(0.5) < axis.place(1.0)
+        assert axis.low <= 0.5
+
+    def test_nothing_to_draw(self) -> None:
+        for draw in tables.CHARTS.values():
+            ElementTree.fromstring(draw(record("cpu")))
+
+
+def test_the_readme_holds_what_the_records_generate() -> None:
+    """Charts and tables beside the records too. After a new record: report.py --readme."""
+    for path, text in readme.files().items():
+        assert path.exists(), f"{path} is missing: python benchmarks/report.py --readme"
+        assert path.read_text() == text, f"{path.name}: python benchmarks/report.py --readme"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As a file, as the README says, without PyTorch."""
+    path = save(tmp_path, record("cpu", OURS, EAGER))
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['report.py', {str(path)!r}]; "
+        f"runpy.run_path({str(Path(report.__file__))!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| `gem_pool` | lba | training | cpu |" in done.stdout
