@@ -110,6 +110,9 @@ struct HueTable {
   }
 };
 
+// a where the mask is -1, b where it is 0. Branches would keep the loops below from being vectors.
+[[gnu::always_inline]] inline int pick(int mask, int a, int b) { return (a & mask) | (b & ~mask); }
+
 // Pillow's RGB to HSV. `value` is the largest channel.
 FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void to_hsv(const Byte* __restrict red,
                                                          const Byte* __restrict green,
@@ -121,28 +124,29 @@ FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void to_hsv(const Byte* __restrict 
     const int r = red[x], g = green[x], b = blue[x];
     const int high = std::max(r, std::max(g, b)), low = std::min(r, std::min(g, b));
     const int spread = high - low;
+    const int not_red = (r - high) >> 31, not_green = (g - high) >> 31;
+    const int after = pick(not_red, pick(not_green, g, r), b);
+    const int before = pick(not_red, pick(not_green, r, b), g);
+    const int base = pick(not_red, pick(not_green, 4, 2), 0);
     const float divisor = static_cast<float>(std::max(spread, 1));
-    const bool is_red = r == high, is_green = g == high;
-    const int after = is_red ? b : is_green ? r : g, before = is_red ? g : is_green ? b : r;
-    const double base = is_red ? 0.0 : is_green ? 2.0 : 4.0;
     const float up = static_cast<float>(high - after) / divisor;
     const float down = static_cast<float>(high - before) / divisor;
-    const float sector = static_cast<float>(base + static_cast<double>(up) - down);
-    const double turn = static_cast<double>(sector) / 6.0 + 1.0;
-    const float place = static_cast<float>(turn >= 1.0 ? turn - 1.0 : turn);
-    const float share = static_cast<float>(spread) / static_cast<float>(std::max(high, 1));
-    const int h = static_cast<int>(static_cast<double>(place) * 255.0);
-    const int s = static_cast<int>(static_cast<double>(share) * 255.0);
-    hue[x] = static_cast<Byte>(spread == 0 ? 0 : h);
-    saturation[x] = static_cast<Byte>(spread == 0 ? 0 : s);
+    const double sum = static_cast<double>(base) + static_cast<double>(up);
+    const float sector = static_cast<float>(sum - static_cast<double>(down));
+    const double turn = static_cast<double>(sector) / 6.0 + 1.0;  // 5/6 to 11/6
+    const float place = static_cast<float>(turn - static_cast<double>(static_cast<int>(turn)));
+    const int whole = high - ((high - 1) >> 31);  // at least 1
+    const float share = static_cast<float>(spread) / static_cast<float>(whole);
+    const int coloured = -spread >> 31;
+    hue[x] = static_cast<Byte>(static_cast<int>(static_cast<double>(place) * 255.0) & coloured);
+    saturation[x] = static_cast<Byte>(static_cast<int>(static_cast<double>(share) * 255.0));
     value[x] = static_cast<Byte>(high);
   }
 }
 
 // C's round() of a number from 0 to 255.
 [[gnu::always_inline]] inline int half_up(double value) {
-  const int whole = static_cast<int>(value);
-  return whole + (value - whole >= 0.5);
+  return (static_cast<int>(value * 2.0) + 1) >> 1;
 }
 
 // Pillow's HSV to RGB, of hues moved by `shift`.
@@ -161,13 +165,12 @@ FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void from_hsv(
     const int q = half_up(bright * (1.0 - static_cast<double>(product)));
     const double rest = 1.0 - static_cast<double>(part);
     const int t = half_up(bright * (1.0 - static_cast<double>(share) * rest));
-    const int r = sector == 1 ? q : sector == 2 || sector == 3 ? p : sector == 4 ? t : v;
-    const int g = sector == 0 ? t : sector == 3 ? q : sector >= 4 ? p : v;
-    const int b = sector <= 1 ? p : sector == 2 ? t : sector == 5 ? q : v;
-    const bool grey = saturation[x] == 0;
-    red[x] = static_cast<Byte>(grey ? v : r);
-    green[x] = static_cast<Byte>(grey ? v : g);
-    blue[x] = static_cast<Byte>(grey ? v : b);
+    const int is0 = -(sector == 0), is1 = -(sector == 1), is2 = -(sector == 2);
+    const int is3 = -(sector == 3), is4 = -(sector == 4), is5 = -(sector == 5);
+    // Without saturation p, q and t are v.
+    red[x] = static_cast<Byte>(pick(is1, q, pick(is2 | is3, p, pick(is4, t, v))));
+    green[x] = static_cast<Byte>(pick(is0, t, pick(is3, q, pick(is4 | is5, p, v))));
+    blue[x] = static_cast<Byte>(pick(is0 | is1, p, pick(is2, t, pick(is5, q, v))));
   }
 }
 
