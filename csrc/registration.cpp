@@ -116,6 +116,11 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
       "Tensor kind, Tensor hue, Tensor weights, Tensor boxes, Tensor planes, Tensor channel, "
       "Tensor factor, Tensor nearest, Tensor erase, Tensor values, Tensor levels, "
       "Tensor? channel_mix, ScalarType dtype, bool channels_last) -> Tensor");
+  m.def(
+      "augment_into(Tensor(a!) out, Tensor images, Tensor source, Tensor flip, Tensor top, "
+      "Tensor left, Tensor border, Tensor kind, Tensor hue, Tensor weights, Tensor boxes, "
+      "Tensor planes, Tensor channel, Tensor factor, Tensor nearest, Tensor erase, Tensor values, "
+      "Tensor levels, Tensor? channel_mix, bool channels_last) -> ()");
   m.def("random_erase(Tensor images, Tensor boxes, Tensor values) -> Tensor");
 }
 

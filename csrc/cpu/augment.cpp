@@ -239,20 +239,17 @@ void for_result(ScalarType dtype, F&& body) {
   }
 }
 
-Tensor augment(const Tensor& given, const Tensor& source, const Tensor& flip, const Tensor& top,
-               const Tensor& left, const Tensor& border, const Tensor& kind, const Tensor& hue,
-               const Tensor& weights, const Tensor& boxes, const Tensor& planes,
-               const Tensor& channel, const Tensor& factor, const Tensor& nearest,
-               const Tensor& erase, const Tensor& values, const Tensor& levels,
-               std::optional<Tensor> channel_mix, ScalarType dtype, bool channels_last) {
+// Into `out` [B, 3, H, W], dense in one of the two layouts.
+void augment_into(Tensor out, const Tensor& given, const Tensor& source, const Tensor& flip,
+                  const Tensor& top, const Tensor& left, const Tensor& border, const Tensor& kind,
+                  const Tensor& hue, const Tensor& weights, const Tensor& boxes,
+                  const Tensor& planes, const Tensor& channel, const Tensor& factor,
+                  const Tensor& nearest, const Tensor& erase, const Tensor& values,
+                  const Tensor& levels, std::optional<Tensor> channel_mix, bool channels_last) {
   const Images images(given);
   const auto [height, width] = images.size();
   const int64_t count = source.size(0), last = given.size(0) - 1;
-  using torch::headeronly::MemoryFormat;
-  Tensor out = torch::stable::empty(
-      {count, 3, height, width}, dtype, std::nullopt, given.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (count == 0) return out;
+  if (count == 0) return;
 
   std::vector<Slot> slots(static_cast<size_t>(count));
   {
@@ -301,7 +298,7 @@ Tensor augment(const Tensor& given, const Tensor& source, const Tensor& flip, co
   }
   const Column<float, 256> table(levels);
   const int64_t bands = (height + kBand - 1) / kBand;
-  for_result(dtype, [&]<typename T>() {
+  for_result(out.scalar_type(), [&]<typename T>() {
     const rows::Writer<T> writer(table.data, channels_last, height * width);
     T* data = out.mutable_data_ptr<T>();
     fastreid_vi::parallel(count * bands, kBand * width * 3, [&](int64_t begin, int64_t end) {
@@ -315,6 +312,20 @@ Tensor augment(const Tensor& given, const Tensor& source, const Tensor& flip, co
       }
     });
   });
+}
+
+Tensor augment(const Tensor& images, const Tensor& source, const Tensor& flip, const Tensor& top,
+               const Tensor& left, const Tensor& border, const Tensor& kind, const Tensor& hue,
+               const Tensor& weights, const Tensor& boxes, const Tensor& planes,
+               const Tensor& channel, const Tensor& factor, const Tensor& nearest,
+               const Tensor& erase, const Tensor& values, const Tensor& levels,
+               std::optional<Tensor> channel_mix, ScalarType dtype, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  Tensor out = torch::stable::empty(
+      {source.size(0), 3, images.size(1), images.size(2)}, dtype, std::nullopt, images.device(),
+      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  augment_into(out, images, source, flip, top, left, border, kind, hue, weights, boxes, planes,
+               channel, factor, nearest, erase, values, levels, channel_mix, channels_last);
   return out;
 }
 
@@ -348,5 +359,6 @@ Tensor random_erase(const Tensor& images, const Tensor& boxes, const Tensor& val
 
 STABLE_TORCH_LIBRARY_IMPL(fastreid_vi_native, CPU, m) {
   m.impl("augment", TORCH_BOX(&augment));
+  m.impl("augment_into", TORCH_BOX(&augment_into));
   m.impl("random_erase", TORCH_BOX(&random_erase));
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastreid_vi import _checks
-from fastreid_vi._dispatch import register
+from fastreid_vi._dispatch import NATIVE, OPS, register
 from fastreid_vi.augment.draws import KINDS
 from fastreid_vi.augment.plan import Plan
 from fastreid_vi.augment.reference import augment_reference
@@ -43,6 +43,7 @@ def augment(
     *,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Take, change, flip, crop, normalise and erase images, in one pass.
 
@@ -58,11 +59,13 @@ def augment(
         dtype: float32, bfloat16 or float16; or uint8 for the bytes before normalisation (`levels`
             and `erase` are left out).
         memory_format: of the result, channels_last or contiguous_format.
+        out: [B, 3, H, W] of this dtype and memory format, to write into and to return: memory that
+            was used before is faster than new.
     Returns:
         [B, 3, H, W]. Not differentiable.
     Raises:
-        TypeError: `images` is not uint8, a column of the plan has another dtype, or `dtype` is none
-            of those listed.
+        TypeError: `images` is not uint8, a column of the plan has another dtype, `dtype` is none
+            of those listed, or not that of `out`.
         ValueError: a shape or device does not fit. On the CPU also: the plan reads outside the
             images or their channels, a kind that does not exist, a crop outside -H to H or -W to W,
             a box with a negative side, gray weights that do not sum to one, a jitter factor outside
@@ -86,8 +89,30 @@ def augment(
         raise ValueError(
             f"memory_format: expected channels_last or contiguous_format, got {memory_format}"
         )
-    result: Tensor = _augment(images, *plan, dtype, memory_format == torch.channels_last)
+    arguments = (images, *plan, dtype, memory_format == torch.channels_last)
+    if out is not None:
+        return _augment_into(out, *arguments)
+    result: Tensor = _augment(*arguments)
     return result
+
+
+def _augment_into(out: Tensor, *arguments: Any) -> Tensor:
+    images, source, dtype, columns = arguments[0], arguments[1], *arguments[-2:]
+    shape = (source.shape[0], 3, *images.shape[1:3])
+    layout = torch.channels_last if columns else torch.contiguous_format
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected {dtype}, got {_checks.described(out)}")
+    if out.shape != shape or out.device != images.device:
+        wanted = f"{list(shape)} on {images.device}"
+        raise ValueError(f"out: expected {wanted}, got {_checks.described(out)} on {out.device}")
+    if not out.is_contiguous(memory_format=layout):
+        raise ValueError(f"out: expected {layout}, got strides {out.stride()}")
+    op = OPS["augment"]
+    if op.choose(*arguments) != "cpu":
+        return out.copy_(_augment(*arguments))
+    getattr(torch.ops, NATIVE).augment_into(out, *arguments[:-2], columns)
+    _verify(out, *arguments)
+    return out
 
 
 def check_images(images: Tensor) -> None:

@@ -25,6 +25,7 @@ from fastreid_vi.augment.sampling import batch_plan
 from fastreid_vi.config import VISIBLE, Batch, DataConfig
 from fastreid_vi.data.images import ImageList, Int64
 from fastreid_vi.data.pack import Pixels
+from fastreid_vi.data.slabs import Slabs
 from fastreid_vi.data.spectrum import View
 from fastreid_vi.data.tasks import Source, Task, ahead
 
@@ -107,6 +108,7 @@ class Streamed:
         self.pixels, self.rows, self.plans, self.device = pixels, rows, plans, device
         self.columns = plans.columns.to(device)
         self.place = f"{pixels.name}, batch by batch to {device}"
+        self._slabs = _slabs(plans, device)
         self._own = threading.local()
 
     def batches(self, tasks: Sequence[Task], paired: int) -> Iterator[Batch]:
@@ -133,7 +135,7 @@ class Streamed:
         pixels = lane.gathered(self.pixels, self.rows[task.positions])
         chosen = torch.from_numpy(task.positions)
         if lane.stream is None:
-            return _batch(pixels, plan, self.columns[:, chosen], paired), None
+            return _batch(pixels, plan, self.columns[:, chosen], paired, self._slabs), None
         with torch.cuda.stream(lane.stream):
             moved = lane.copied(pixels, self.device)
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
@@ -193,6 +195,7 @@ class Resident:
         self.images = _upload(pixels, rows, device)
         self.place = f"{pixels.name}, {self.images.nbytes / 2**30:.2f} GiB of it on {device}"
         self._stream = _stream(device)
+        self._slabs = _slabs(plans, device)
 
     def batches(self, tasks: Sequence[Task], paired: int) -> Iterator[Batch]:
         """See `Source`."""
@@ -231,7 +234,7 @@ class Resident:
                 column if name == "levels" or column is None else column[part]
                 for name, column in stretch.plan._asdict().items()
             )
-            yield _batch(self.images, plan, stretch.columns[:, part], paired)
+            yield _batch(self.images, plan, stretch.columns[:, part], paired, self._slabs)
             start += size
 
 
@@ -260,9 +263,17 @@ def _upload(pixels: Pixels, rows: Int64, device: torch.device) -> Tensor:
     return out
 
 
-def _batch(pixels: Tensor, plan: Plan, columns: Tensor, paired: int) -> Batch:
+def _slabs(plans: Plans, device: torch.device) -> Slabs | None:
+    """Memory of batches on the CPU; a CUDA device has an allocator that keeps it."""
+    return Slabs(plans.config.workers + 2) if device.type == "cpu" else None
+
+
+def _batch(
+    pixels: Tensor, plan: Plan, columns: Tensor, paired: int, slabs: Slabs | None = None
+) -> Batch:
     labels, modality, cams = columns.unbind()
-    return Batch(augment(pixels, plan), labels, modality, cams, paired)
+    out = None if slabs is None else slabs.take(len(labels), *pixels.shape[1:3])
+    return Batch(augment(pixels, plan, out=out), labels, modality, cams, paired)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -26,6 +26,7 @@ from fastreid_vi.data import (
 from fastreid_vi.data.loader import TrainLoader
 from fastreid_vi.data.pack import Pack
 from fastreid_vi.data.packed import STRETCH, Resident, Streamed
+from fastreid_vi.data.slabs import Slabs
 from fastreid_vi.data.spectrum import VIEWS
 from fastreid_vi.methods import recipe
 from tests.data.test_loader import same
@@ -265,3 +266,37 @@ class TestOnDevice:
             sampler = loader(images, ALL).sampler
             found = train_loader(images, sampler, pack, seed=3, device=device, spare=spare)
             assert isinstance(found._source, kind)
+
+
+class TestSlabs:
+    def test_memory_is_used_again_when_nobody_holds_it(self):
+        slabs = Slabs(2)
+        first = slabs.take(4, 8, 6)
+        assert (first.shape, first.dtype) == ((4, 3, 8, 6), torch.float32)
+        assert first.is_contiguous(memory_format=torch.channels_last)
+        place = first.data_ptr()
+        part = first[1:, :2].detach()
+        del first
+        assert slabs.take(4, 8, 6).data_ptr() != place  # a view holds it
+        kept = slabs.take(2, 8, 6)
+        del part
+        assert slabs.take(3, 8, 6).data_ptr() == place  # a smaller one fits
+        assert kept.data_ptr() != place
+
+    def test_only_a_few_blocks_are_kept(self):
+        slabs = Slabs(2)
+        many = [slabs.take(1, 4, 4) for _ in range(5)]
+        places = {images.data_ptr() for images in many}
+        assert len(places) == 5
+        del many
+        assert len(slabs._free) == 2
+
+    def test_autograd_holds_it(self):
+        slabs = Slabs(2)
+        images = slabs.take(1, 4, 4).fill_(3.0)
+        weight = torch.ones(3, 1, 1, requires_grad=True)
+        loss = (images * weight).sum()
+        del images
+        slabs.take(1, 4, 4).fill_(7.0)
+        loss.backward()
+        assert weight.grad.flatten().tolist() == [48.0] * 3
