@@ -74,21 +74,37 @@ def hue(x: Tensor, plan: Plan, slots: Tensor) -> Tensor:
     return (v[..., None] * (1 - s[..., None] * (1 - wheel))).round().to(torch.uint8)
 
 
-def batched(images: Tensor, work: Grouped) -> Tensor:
-    """bfloat16 [B, 3, H, W], channels_last."""
-    plan = work.plan
-    x = images[plan.source]
+def changed(images: Tensor, work: Grouped) -> Tensor:
+    x = images[work.plan.source]
     for slots, change in zip(work.groups, (hue, gray, cutmix, jitter), strict=False):
         if len(slots):
-            x = x.index_copy(0, slots, change(x[slots], plan, slots))
-    x = torch.where(plan.flip[:, None, None, None], x.flip(2), x)
+            x = x.index_copy(0, slots, change(x[slots], work.plan, slots))
+    return x
+
+
+def cropped(x: Tensor, plan: Plan) -> Tensor:
     height, width = x.shape[1:3]
     x = torch.nn.functional.pad(x, (0, 0, PAD, PAD, PAD, PAD), value=127)
     batch = torch.arange(len(x), device=x.device)[:, None, None]
     rows = (plan.top + PAD)[:, None] + torch.arange(height, device=x.device)
-    columns = (plan.left + PAD)[:, None] + torch.arange(width, device=x.device)
-    x = x[batch, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    columns = plan.left[:, None] + torch.arange(width, device=x.device)
+    columns = torch.where(plan.flip[:, None], width - 1 - columns, columns) + PAD
+    return x[batch, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def normalized(x: Tensor, plan: Plan) -> Tensor:
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
     y = (x.float() / 255 - mean) / std
-    y = y.masked_fill(inside(plan.erase, height, width)[:, None], 0)
+    y = y.masked_fill(inside(plan.erase, *x.shape[2:])[:, None], 0)
     return y.to(torch.bfloat16, memory_format=torch.channels_last)
+
+
+def batched(images: Tensor, work: Grouped) -> Tensor:
+    """bfloat16 [B, 3, H, W], channels_last."""
+    # Compiled as three graphs, which is 1.5 times as fast as one: Inductor would compute what a
+    # gather reads once more for every read.
+    x = changed(images, work)
+    torch._dynamo.graph_break()
+    x = cropped(x, work.plan)
+    torch._dynamo.graph_break()
+    return normalized(x, work.plan)

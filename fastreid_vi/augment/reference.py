@@ -5,6 +5,8 @@ Images are uint8 [B, H, W, 3]. Every step is exact, or rounded once in the state
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,29 +37,46 @@ def augment_reference(
 ) -> Tensor:
     """[B, 3, H, W]: see `Plan` for the arguments and the order of the steps."""
     x = images[source.clamp(0, max(images.shape[0] - 1, 0))]  # checked after the room has run
-    changed = {
-        "hue": lambda: turned(x, hue),
-        "gray": lambda: weighted(x, weights, nearest),
-        "cutmix": lambda: mixed_planes(x, boxes, planes),
-        "jitter": lambda: drawn_to(x, channel, factor, nearest),
-        "channel": lambda: plane(x, channel).expand_as(x),
-        "average": lambda: averaged(x, nearest),
-    }
-    y = x
-    for number, name in enumerate(KINDS[1:], 1):
-        y = torch.where((kind == number)[:, None, None, None], changed[name](), y)
+    x = changed(x, kind, hue, weights, boxes, planes, channel, factor, nearest)
     if channel_mix is not None:
         chosen = (channel_mix[:, 4] != 0)[:, None, None, None]
-        y = torch.where(chosen, toned(y, channel_mix), y)
-    y = torch.where(flip[:, None, None, None], y.flip(2), y)
-    y = moved(y, top, left, border)
-    out = y.permute(0, 3, 1, 2)
+        x = torch.where(chosen, toned(x, channel_mix), x)
+    x = torch.where(flip[:, None, None, None], x.flip(2), x)
+    out = moved(x, top, left, border).permute(0, 3, 1, 2)
     if dtype != torch.uint8:
         out = levels[torch.arange(3, device=x.device)[:, None, None], out.long()]
         inside = box_mask(erase, *out.shape[2:])[:, None]
         out = torch.where(inside, values[:, :, None, None], out).to(dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return out.contiguous(memory_format=layout)
+
+
+def changed(
+    x: Tensor,
+    kind: Tensor,
+    hue: Tensor,
+    weights: Tensor,
+    boxes: Tensor,
+    planes: Tensor,
+    channel: Tensor,
+    factor: Tensor,
+    nearest: Tensor,
+) -> Tensor:
+    """Images with their channels changed; every kind is computed for its own slots."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "hue": lambda s: turned(x[s], hue[s]),
+        "gray": lambda s: weighted(x[s], weights[s], nearest[s]),
+        "cutmix": lambda s: mixed_planes(x[s], boxes[s], planes[s]),
+        "jitter": lambda s: drawn_to(x[s], channel[s], factor[s], nearest[s]),
+        "channel": lambda s: plane(x[s], channel[s]).expand(-1, -1, -1, 3),
+        "average": lambda s: averaged(x[s], nearest[s]),
+    }
+    y = x.clone()
+    for name, change in changes.items():
+        slots = torch.nonzero(kind == KINDS.index(name))[:, 0]
+        if slots.numel():
+            y[slots] = change(slots)
+    return y
 
 
 def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
