@@ -76,7 +76,7 @@ def test_every_family_is_watched() -> None:
 
 @pytest.mark.skipif(LIBRARY in os.environ, reason="this process runs another library already")
 def test_under_the_sanitizers(sanitized: Path) -> None:
-    command = "-m pytest -q -x -p no:cacheprovider -p tests.evaluation.preloaded -k"
+    command = "-m pytest -q -x -s -p no:cacheprovider -p tests.evaluation.preloaded -k"
     run = subprocess.run(
         [sys.executable, *shlex.split(command), WATCHED, *map(str, TESTS)],
         cwd=toolkit.ROOT,
@@ -84,5 +84,5 @@ def test_under_the_sanitizers(sanitized: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[:6000]
     assert " passed" in run.stdout
