@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastreid_vi import _evaluate, _score
+from fastreid_vi import _evaluate, _rerank, _score
 from fastreid_vi._evaluate import RunError, Target
 from fastreid_vi._score import EMBEDDINGS
 from fastreid_vi.evaluation import Embeddings, llcm_galleries, sysu_galleries
@@ -59,6 +59,12 @@ def reported_run(folder: Path, name: str, *, root: Path | None = None) -> Report
             f"fastreid-vi eval {folder}-again",
         ),
         results={s: _score.evaluation_of(found) for s, found in test["settings"].items()},
+        reranked={
+            s: _score.evaluation_of(found["reranked"])
+            for s, found in test["settings"].items()
+            if "reranked" in found
+        },
+        rerank=f"{name}: {_rerank.described(test['rerank'])}." if "rerank" in test else "",
         chance={s: _score.metrics_of(v["chance"]) for s, v in test["settings"].items()},
         losses=curves(records, "epoch", "terms"),
         validation=curves(records, "eval", "metrics", ("R1", "mAP", "mINP")),

@@ -93,14 +93,19 @@ class Reranking(NamedTuple):
         }
 
     def text(self) -> str:
-        """Name and parameters for people."""
-        p = self.parameters
-        mode = "masked" if p["neighbors"] == "queries" else "full"
-        spectra = f", spectra {', '.join(self.spectra)}" if self.spectra else ", local expansion"
-        return (
-            f"re-ranked by {self.name} ({self.source}): k1 {p['k1']}, k2 {p['k2']}, "
-            f"weight {p['weight']}{spectra}, {mode}:\n{self.note}"
-        )
+        """Name, parameters and note for people."""
+        return described(self.facts())
+
+
+def described(facts: Mapping[str, Any]) -> str:
+    """`Reranking.facts` in words."""
+    mode = "masked" if facts["neighbors"] == "queries" else "full"
+    spectra = ", ".join(facts["spectra"])
+    kind = f"spectra {spectra}" if spectra else "local expansion"
+    return (
+        f"re-ranked by {facts['method']} ({facts['source']}): k1 {facts['k1']}, k2 {facts['k2']}, "
+        f"weight {facts['weight']}, {kind}, {mode}:\n{facts['note']}"
+    )
 
 
 def choose(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,10 @@ class ReportedRun:
     """Commands that repeat the run."""
     results: Mapping[str, Evaluation] = field(default_factory=dict)
     """Setting ("all/1") -> evaluation."""
+    reranked: Mapping[str, Evaluation] = field(default_factory=dict)
+    """Setting -> evaluation after re-ranking, shown below the plain one."""
+    rerank: str = ""
+    """How that was done, and what it makes use of."""
     chance: Mapping[str, RankMetrics] = field(default_factory=dict)
     """Setting -> what a random ranking scores."""
     losses: Mapping[str, Curve] = field(default_factory=dict)
@@ -144,19 +148,8 @@ def _table(runs: Sequence[ReportedRun]) -> Section | None:
         rows.append(
             f"<tr class=group><th colspan={len(METRICS) + 1}>{setting_name(setting)}</th></tr>"
         )
-        scored = {run.name: run.results[setting] for run in runs if setting in run.results}
-        means = {name: metric_values(result.mean) for name, result in scored.items()}
-        for name, result in scored.items():
-            spread = metric_values(result.std)
-            cells = ""
-            for metric in METRICS:
-                value = means[name][metric]
-                best = len(scored) > 1 and value == max(m[metric] for m in means.values())
-                number = f"{100 * value:.1f}"
-                if name not in single:
-                    number += f" <small>± {100 * spread[metric]:.1f}</small>"
-                cells += f"<td>{f'<b>{number}</b>' if best else number}</td>"
-            rows.append(f"<tr><th scope=row>{_page.text(name)}</th>{cells}</tr>")
+        rows += _rows({run.name: run.results.get(setting) for run in runs}, single, "")
+        rows += _rows({run.name: run.reranked.get(setting) for run in runs}, single, ", re-ranked")
         chance = next((run.chance[setting] for run in runs if setting in run.chance), None)
         if chance is not None:
             levels = metric_values(chance)
@@ -166,8 +159,27 @@ def _table(runs: Sequence[ReportedRun]) -> Section | None:
         "Percent: mean ± standard deviation over the protocol's trials (galleries). Chance is the "
         "expected score of a random ranking of the same galleries."
     )
+    for how in dict.fromkeys(run.rerank for run in runs if run.reranked):
+        note += f" {how}"
     table = f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return Section("Results", note, f"<div class=wide><table>{table}</table></div>")
+
+
+def _rows(results: Mapping[str, Evaluation | None], single: set[str], kind: str) -> Iterator[str]:
+    """One row of the table for each run that has a result; the best of several is bold."""
+    scored = {name: result for name, result in results.items() if result is not None}
+    means = {name: metric_values(result.mean) for name, result in scored.items()}
+    for name, result in scored.items():
+        spread = metric_values(result.std)
+        cells = ""
+        for metric in METRICS:
+            value = means[name][metric]
+            best = len(scored) > 1 and value == max(m[metric] for m in means.values())
+            number = f"{100 * value:.1f}"
+            if name not in single:
+                number += f" <small>± {100 * spread[metric]:.1f}</small>"
+            cells += f"<td>{f'<b>{number}</b>' if best else number}</td>"
+        yield f"<tr><th scope=row>{_page.text(name)}{kind}</th>{cells}</tr>"
 
 
 def _losses(runs: Sequence[ReportedRun]) -> Section | None:

@@ -270,3 +270,17 @@ def test_other_protocols(call, layout: str, mcja: Path, tmp_path: Path) -> None:
     if layout == "llcm":
         said = call("rerank", out, "--out", tmp_path / "d.npy", "--setting", "drawn")
         assert said.code == 0, said.err
+
+
+def test_the_report_shows_both(call, saved: Path, mpanet: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(mpanet, tmp_path / "both", symlinks=True)
+    assert call("eval", run).code == 0
+    said = call("report", run, "--queries", 1)
+    assert said.code == 0, said.err
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count(">both, re-ranked<") == 4
+    assert "both: re-ranked by k-reciprocal" in page
+    assert "other queries" in page
+    assert call("eval", run, "--rerank", "none").code == 0
+    assert call("report", run, "--queries", 1).code == 0
+    assert "re-ranked" not in (run / "report.html").read_text(encoding="utf-8")
