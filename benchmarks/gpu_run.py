@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,9 +75,14 @@ class Plan(NamedTuple):
 
 
 def families() -> list[str]:
-    """Of ops, by their files."""
-    folder = ROOT / "fastreid_vi" / "ops"
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    """Of ops: files bench_<family>.py with benchmarks on the shared fixture."""
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    return [p.stem.removeprefix("bench_") for p in files if catalogue_has(p)]
+
+
+def catalogue_has(path: Path) -> bool:
+    """As `catalogue.rows` decides, without loading it."""
+    return re.search(r"\brun: ", path.read_text()) is not None
 
 
 def plan(only: str, *, dry: bool, sanitizer: bool = True) -> Plan:
@@ -301,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     path = record_file(arguments.results, it.dry)
     record = load(path)
-    record["machine"] = machine()
+    record.update(machine=machine(), time=time.strftime("%H:%M:%S"))
     patience = PATIENCE if it.dry else 1.0
     until = time.monotonic() + arguments.seconds * patience
     for section in it.sections:

@@ -20,14 +20,20 @@ Key = tuple[str, str, str, str]  # op, shape, mode, precision
 COMMANDS = {"cpu": "make bench", "gpu": "make gpu"}
 KEPT = (
     "op", "shape", "mode", "precision", "peer", "threads", "fraction", "floor", "error",
-    "extra_memory", "images_per_second", "dispatched", "waits", "launches", "ratio_to_product",
-    "rank1", "mAP",
+    "extra_memory", "images_per_second", "dispatched", "waits", "launches",
 )  # fmt: skip
 
 
 def rounded(value: Any) -> Any:
     """Four digits: nothing here is known better."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def plain(value: Any) -> bool:
+    """A number, or numbers by name."""
+    if isinstance(value, dict):
+        return all(plain(v) and not isinstance(v, dict) for v in value.values())
+    return isinstance(value, (int, float))
 
 
 def condensed(found: Record) -> Record:
@@ -39,7 +45,9 @@ def condensed(found: Record) -> Record:
         if "peer" not in info:
             continue
         row = {name: info[name] for name in KEPT if info.get(name) is not None}
-        row.setdefault("op", entry["name"].split("[")[0].removeprefix("bench_"))
+        if "op" not in row:  # not on the shared fixture: it says what it found in its own words
+            row["op"] = entry["name"].removeprefix("bench_")
+            row["found"] = {k: v for k, v in info.items() if k not in row and plain(v)}
         seconds = info.get("device", {}).get("cold") or [stats["q1"], stats["median"], stats["q3"]]
         rows.append({**row, "seconds": seconds, "rounds": stats["rounds"]})
     names = (
@@ -49,6 +57,7 @@ def condensed(found: Record) -> Record:
     return _tidy({
         "kind": "cpu",
         "date": found["datetime"][:10],
+        "time": found["datetime"][11:19],
         "commit": found["commit_info"]["id"][:8],
         "command": COMMANDS["cpu"],
         "machine": {name: machine[name] for name in names if name in machine},
@@ -87,8 +96,8 @@ def flattened(found: Record) -> Record:
     ceilings = sections.get("ceilings", {}).get("ceilings", {})
     machine = {**found.get("machine", {}), "ceilings": ceilings}
     return _tidy({
-        "kind": "gpu", "date": found["date"], "commit": found["commit"],
-        "command": COMMANDS["gpu"], "machine": machine, "rows": rows,
+        "kind": "gpu", "date": found["date"], "time": found.get("time", ""),
+        "commit": found["commit"], "command": COMMANDS["gpu"], "machine": machine, "rows": rows,
     })  # fmt: skip
 
 
@@ -116,8 +125,13 @@ def latest(kind: str, folder: Path = RESULTS) -> tuple[Path, Record] | None:
             continue
         record = read(path)
         if record["kind"] == kind:
-            found.append((record["date"], path.name, path, record))
-    return max(found)[2:] if found else None
+            found.append((path, record))
+    return max(found, key=_when) if found else None
+
+
+def _when(item: tuple[Path, Record]) -> tuple[str, str, str]:
+    path, record = item
+    return record["date"], record.get("time", ""), path.name
 
 
 def keep(path: Path, folder: Path = RESULTS) -> Path:

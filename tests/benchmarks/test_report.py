@@ -84,10 +84,16 @@ class TestTables:
         assert "| 14.5 |" in text
 
     def test_what_is_no_op(self) -> None:
-        rows = [row(p, s, op="sysu_table", mode="") for p, s in (("retrieval", 0.5), ("loop", 5.0))]
+        found = {"ratio_to_product": 1.4912, "seconds": {"ours": 0.5, "dense": 1234.5}}
+        rows = [
+            row("retrieval", 0.5, op="sysu_table", mode="", rounds=7, found=found),
+            row("pack", 0.5, op="loader[mcja]", mode="", shape="", rounds=1, found={}),
+        ]
         text = tables.others_table(record("cpu", *rows))
-        assert "| loop | 5000.00 (4500.00-5500.00) | 10.0x |" in text
-        assert "`sysu_table`" not in tables.table(record("cpu", *rows))
+        words = "ratio to product 1.49; seconds: ours 0.5, dense 1,234"
+        assert f"| `sysu_table` | lba | retrieval | 500.00 (450.00-550.00) | {words} |" in text
+        assert "| `loader` | mcja | pack | - | - |" in text
+        assert "sysu_table" not in tables.table(record("cpu", *rows))
 
 
 FOUND = {
@@ -100,6 +106,9 @@ FOUND = {
          "extra_info": {"op": "gem_pool", "peer": "cpu", "shape": "s", "mode": "training",
                         "precision": "float32", "error": 1.23456e-7}},
         {"name": "bench_else", "stats": {}, "extra_info": {}},
+        {"name": "bench_loader[mcja]", "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0, "rounds": 5},
+         "extra_info": {"peer": "pack", "ratio": 8.0, "rounds": {"a": [1.0]}, "note": "x",
+                        "rates": {"pack": 900.0}}},
     ],
 }  # fmt: skip
 
@@ -109,7 +118,9 @@ class TestRecords:
         path = tmp_path / "found.json"
         path.write_text(json.dumps(FOUND))
         found = records.read(path)
-        (only,) = found["rows"]
+        only, loader = found["rows"]
+        assert loader["op"] == "loader[mcja]"
+        assert loader["found"] == {"ratio": 8.0, "rates": {"pack": 900.0}}
         assert only["seconds"] == [1.0, 2.0, 3.0]
         assert only["error"] == 1.235e-7
         assert found["commit"] == "0123abcd"
@@ -152,7 +163,8 @@ class TestRecords:
 
     def test_the_newest_of_a_kind(self, tmp_path: Path) -> None:
         save(tmp_path, {**record("cpu"), "date": "2029-01-01"})
-        newest = save(tmp_path, record("cpu"))
+        save(tmp_path, {**record("cpu"), "commit": "ffffffff", "time": "09:00:00"})
+        newest = save(tmp_path, {**record("cpu"), "time": "10:00:00"})
         rehearsal = record("gpu")
         rehearsal["machine"]["class"] = "dry-run"
         save(tmp_path, rehearsal)
