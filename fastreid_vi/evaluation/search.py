@@ -83,7 +83,7 @@ def search(
     for name, value in (("k", k), ("threads", threads), ("block", block)):
         if value is not None or name == "k":
             at_least_one(name, value)
-    queries, rows = real_matrix("query", query, "[Q, D]"), _Rows(gallery)
+    queries, rows = real_matrix("query", query, "[Q, D]"), Rows(gallery)
     if not queries.size:
         raise ValueError(f"query: expected at least one row and column, got {list(queries.shape)}")
     rows.check(queries.shape[1], k)
@@ -92,19 +92,19 @@ def search(
 
 
 def nearest_rows(
-    queries: Real, rows: _Rows, k: int, metric: Metric, threads: int, block: int | None
+    queries: Real, rows: Rows, k: int, metric: Metric, threads: int, block: int | None
 ) -> tuple[Real, Int]:
     """`search` for checked arguments."""
     dtype = np.result_type(queries.dtype, rows.dtype)
     queries = _adjacent(queries.astype(dtype, copy=False))
-    norms = _finite_norms("query", queries, 0, threads)
+    norms = finite_norms("query", queries, 0, threads)
     lists = nearest(queries, norms, k, metric)
     count = len(queries)
     step = block or rows.part(dtype)
     room = np.empty(min(count, QUERIES) * min(step, COLUMNS, len(rows)), dtype)
     for first in range(0, len(rows), step):
         part = rows.read(first, first + step, dtype)
-        lengths = _finite_norms("gallery", part, first, threads)
+        lengths = finite_norms("gallery", part, first, threads)
         # The longest row of a part bounds the error of its products: an outlier gets a short part.
         even = lengths.max() <= 4 * np.median(lengths)
         reach = len(part) if even else COLUMNS
@@ -127,7 +127,7 @@ def _add_products(lists: Nearest, queries: Real, part: Real, room: Real, threads
         lists.add(products, column, threads)
 
 
-class _Rows:
+class Rows:
     """A gallery of which slices of rows are read."""
 
     def __init__(self, gallery: Any) -> None:
@@ -176,7 +176,7 @@ def _adjacent(rows: Real) -> Real:
     return rows if good else np.ascontiguousarray(rows)
 
 
-def _finite_norms(name: str, rows: Real, first: int, threads: int) -> Double:
+def finite_norms(name: str, rows: Real, first: int, threads: int) -> Double:
     """Norms of rows that are finite, or an error that names the first that is not."""
     norms = row_norms(rows, threads)
     bad = ~np.isfinite(norms)

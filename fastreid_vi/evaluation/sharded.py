@@ -89,7 +89,7 @@ def _search_shard(
     if offset < 0:
         raise ValueError(f"offset: expected >= 0, got {offset}")
     queries = real_matrix("query", query, "[Q, D]")
-    digest = hashlib.blake2b(np.ascontiguousarray(queries), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(np.ascontiguousarray(queries).data, digest_size=6).hexdigest()
     mark = f"{described(queries)} {digest}"
     shape = tuple(getattr(shard, "shape", None) or np.shape(shard))
     rows = int(shape[0]) if len(shape) == 2 else k
