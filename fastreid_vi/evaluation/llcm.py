@@ -88,34 +88,42 @@ def llcm_table(
     *,
     trials: int = 10,
     rerank: Rerank | None = None,
+    normalize: bool = True,
+    metric: Metric = "cosine",
+    cmc_by: CmcBy | None = None,
+    camera_rule: CameraRule | None = None,
+    max_rank: int | None = None,
+    per_query: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Evaluation]:
-    """Both directions and the released form of the second.
+    """Both directions and the released form of the second; arguments as for `evaluate_llcm`.
 
     A `MultiSpectral` takes the direction of each search.
 
     Returns:
         "ir_to_vis", "vis_to_ir" and "vis_to_ir/released" -> evaluation.
     """
-    back = turned(rerank, "vis_to_ir")
+
+    def one(direction: Direction, vis_to_ir: VisToIr) -> Evaluation:
+        return evaluate_llcm(
+            *((visible, infrared) if direction == "vis_to_ir" else (infrared, visible)),
+            trials=trials,
+            vis_to_ir=vis_to_ir,
+            direction=direction,
+            rerank=turned(rerank, direction),
+            normalize=normalize,
+            metric=metric,
+            cmc_by=cmc_by,
+            camera_rule=camera_rule,
+            max_rank=max_rank,
+            per_query=per_query,
+            threads=threads,
+        )
+
     return {
-        "ir_to_vis": evaluate_llcm(
-            infrared,
-            visible,
-            trials=trials,
-            direction="ir_to_vis",
-            rerank=turned(rerank, "ir_to_vis"),
-        ),
-        "vis_to_ir": evaluate_llcm(
-            visible, infrared, trials=trials, direction="vis_to_ir", rerank=back
-        ),
-        "vis_to_ir/released": evaluate_llcm(
-            visible,
-            infrared,
-            trials=trials,
-            direction="vis_to_ir",
-            vis_to_ir="released",
-            rerank=back,
-        ),
+        "ir_to_vis": one("ir_to_vis", "paper"),
+        "vis_to_ir": one("vis_to_ir", "paper"),
+        "vis_to_ir/released": one("vis_to_ir", "released"),
     }
 
 

@@ -60,18 +60,35 @@ def regdb_table(
     infrared: Embeddings,
     visible: Embeddings,
     *,
-    cmc_by: CmcBy | None = None,
     rerank: Rerank | None = None,
+    normalize: bool = True,
+    metric: Metric = "cosine",
+    cmc_by: CmcBy | None = None,
+    camera_rule: CameraRule | None = None,
+    max_rank: int | None = None,
+    per_query: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Evaluation]:
-    """Both directions, "vis_to_ir" and "ir_to_vis" -> evaluation.
+    """Both directions; arguments as for `evaluate_regdb`.
 
     A `MultiSpectral` takes the direction of each search.
+
+    Returns:
+        "vis_to_ir" and "ir_to_vis" -> evaluation.
     """
-    table: dict[str, Evaluation] = {}
     directions: tuple[Direction, ...] = ("vis_to_ir", "ir_to_vis")
-    for direction in directions:
-        sides = (visible, infrared) if direction == "vis_to_ir" else (infrared, visible)
-        table[direction] = evaluate_regdb(
-            *sides, direction=direction, cmc_by=cmc_by, rerank=turned(rerank, direction)
+    return {
+        direction: evaluate_regdb(
+            *((visible, infrared) if direction == "vis_to_ir" else (infrared, visible)),
+            direction=direction,
+            rerank=turned(rerank, direction),
+            normalize=normalize,
+            metric=metric,
+            cmc_by=cmc_by,
+            camera_rule=camera_rule,
+            max_rank=max_rank,
+            per_query=per_query,
+            threads=threads,
         )
-    return table
+        for direction in directions
+    }

@@ -84,6 +84,22 @@ def test_released_changes_visible_queries_only() -> None:
     assert len(released.valid) == len({*zip(infrared.ids, infrared.cams, strict=True)})
 
 
+def test_the_table_takes_every_option() -> None:
+    infrared, visible = side("t", paths=True), side("v", paths=True)
+    options = {"cmc_by": "image", "camera_rule": "none", "max_rank": 7, "per_query": True, **RAW}
+    table = llcm_table(infrared, visible, trials=2, threads=1, **options)
+    for name, (query, gallery, form) in {
+        "ir_to_vis": (infrared, visible, "paper"),
+        "vis_to_ir": (visible, infrared, "paper"),
+        "vis_to_ir/released": (visible, infrared, "released"),
+    }.items():
+        alone = evaluate_llcm(query, gallery, trials=2, vis_to_ir=form, **options)
+        for a, b in zip(table[name].trials, alone.trials, strict=True):
+            assert np.array_equal(a.cmc, b.cmc)
+            assert len(a.cmc) == 7
+            assert np.array_equal(a.per_query.AP, b.per_query.AP, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("swap", "options", "message"),
     [

@@ -71,6 +71,20 @@ def test_table_holds_both_directions() -> None:
         assert np.array_equal(table[name].mean.cmc, expected.cmc)
 
 
+def test_the_table_takes_every_option() -> None:
+    infrared, visible = side("t", "Thermal"), side("v", "Visible")
+    options = {"cmc_by": "identity", "max_rank": 7, "per_query": True, **RAW}
+    table = regdb_table(infrared, visible, threads=1, **options)
+    alone = evaluate_regdb(visible, infrared, **options)
+    assert np.array_equal(table["vis_to_ir"].mean.cmc, alone.mean.cmc)
+    assert len(alone.mean.cmc) == 7
+    assert table["vis_to_ir"].mean.mAP != regdb_table(infrared, visible)["vis_to_ir"].mean.mAP
+    detail, expected = table["vis_to_ir"].trials[0].per_query, alone.trials[0].per_query
+    assert np.array_equal(detail.first_identity, expected.first_identity)
+    with pytest.raises(ValueError, match=r"query\.cams: .* got None"):
+        regdb_table(infrared, visible, camera_rule="location")
+
+
 def test_cameras_are_not_looked_at_unless_asked() -> None:
     query, gallery = side("v"), side("t")
     plain = evaluate_regdb(query, gallery).mean
