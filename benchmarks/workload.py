@@ -197,5 +197,5 @@ def prepared(
         error = worst_error(results(function, work.args, grads), exact)
         if not error <= work.tolerance and (is_ours(peer) or not half):
             raise Wrong(f"{peer} is wrong: relative error {error:.2g}")
-        del exact, truth
+        del exact
         yield Prepared(forward if mode == "forward" else training, error)
