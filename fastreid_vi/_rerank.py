@@ -127,9 +127,11 @@ def choose(
     Returns:
         None for "none".
     Raises:
-        RerankError: MSER without further spectra, a value out of range.
+        RerankError: MSER without further spectra, parameters of no re-ranking.
     """
     if asked == "none":
+        if changes:
+            raise RerankError(f"--rerank none: there is no {next(iter(changes))} to set")
         return None
     name, parameters, source = _chosen(asked, gallery)
     parameters = {**parameters, **(changes or {})}

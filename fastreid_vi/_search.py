@@ -13,7 +13,7 @@ import numpy as np
 from fastreid_vi import _neighbors
 from fastreid_vi._neighbors import Neighbors
 from fastreid_vi.evaluation import Embeddings, load_embeddings
-from fastreid_vi.evaluation.embeddings import EmbeddingsError, find_sides
+from fastreid_vi.evaluation.embeddings import find_sides
 from fastreid_vi.evaluation.search import search as nearest
 
 if TYPE_CHECKING:
@@ -125,8 +125,6 @@ def _embedded(
     if not image and not query.is_dir():
         what = "neither embeddings nor an image" if query.exists() else "no such file or folder"
         raise SearchError(f"{query}: {what}")
-    if query.is_dir() and any(query.glob("*.safetensors")):
-        raise EmbeddingsError(f"{query}: holds no embeddings that can be read")
     known = (pool.details or {}).get("weights")
     if run is None and (known is None or not Path(known).is_file()):
         where = f"; {known}, which embedded {gallery}, is not there" if known else ""

@@ -112,19 +112,11 @@ def find_sides(path: Path) -> dict[str, Path]:
 
 
 def _is_side(stem: Path) -> bool:
-    file = stem.with_name(stem.name + ".safetensors")
-    if {"features", "ids"} <= tensor_names(file):
-        return True
-    return file.is_file() and _says_so(stem)
-
-
-def _says_so(stem: Path) -> bool:
-    """The record names the format: what lies beside it is embeddings, be they damaged."""
-    try:
-        with open(_record(stem), encoding="utf-8") as file:
-            return FORMAT in file.read(200)
-    except (OSError, ValueError):
-        return False
+    """Features and identities, or a pair whose tensors are too damaged to say what they are."""
+    names = tensor_names(_tensors(stem))
+    if names:
+        return {"features", "ids"} <= names
+    return _tensors(stem).is_file() and _record(stem).is_file()
 
 
 def write_side(stem: Path, embeddings: Embeddings) -> None:

@@ -278,6 +278,8 @@ class TestEvalOfWrongEmbeddings:
         torn = shutil.copytree(saved, tmp_path / "x")
         (torn / "gallery.safetensors").write_bytes(b"")
         assert "gallery.safetensors: " in self.refused(call, torn)
+        (torn / "gallery.json").write_bytes(b"")
+        assert "cannot read embeddings" in self.refused(call, torn)
 
     def test_a_trial_that_is_not_theirs(self, call, saved: Path) -> None:
         assert "cannot be evaluated on trial 2" in self.refused(call, saved, "--trial", 2)

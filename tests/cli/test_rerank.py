@@ -119,6 +119,10 @@ class TestTable:
     def test_wrong_flags(self, call, saved: Path, flag: str) -> None:
         assert call("eval", saved, *flag.split()).code == 2
 
+    def test_parameters_of_nothing(self, call, saved: Path) -> None:
+        said = call("eval", saved, "--rerank", "none", "--k1", 3)
+        assert said.complaint == "--rerank none: there is no k1 to set"
+
     def test_no_torch(self, saved: Path) -> None:
         ran = python(f"""
 import sys

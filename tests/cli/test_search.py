@@ -190,7 +190,7 @@ class TestWrongInput:
         torn = shutil.copytree(saved, tmp_path / "x")
         for file in torn.iterdir():
             file.write_bytes(b"")
-        assert "holds no embeddings that can be read" in self.refused(call, torn, saved)
+        assert "cannot read embeddings" in self.refused(call, torn, saved)
 
     def test_images_without_a_network(
         self, call, saved: Path, mcja: Path, tree: Path, tmp_path: Path
