@@ -54,7 +54,7 @@ struct Slot {
   Byte border;
   float factor;
   std::array<double, 3> weights;
-  Span rows, columns;              // cutmix
+  Span rows, columns;  // cutmix
   Span erased_rows, erased_columns;
   std::array<float, 3> values;
   bool mixed = false;

@@ -81,17 +81,14 @@ FASTREID_VI_CLONES FASTREID_VI_NO_FMA void drawn_to(const Byte* __restrict centr
   }
 }
 
-FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void toned(const Byte* __restrict red,
-                                                        const Byte* __restrict green,
-                                                        const Byte* __restrict blue,
-                                                        const double* __restrict gains,
-                                                        double offset, int64_t width,
-                                                        Byte* __restrict out) {
+FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void toned(
+    const Byte* __restrict red, const Byte* __restrict green, const Byte* __restrict blue,
+    const double* __restrict gains, double offset, int64_t width, Byte* __restrict out) {
   const double a = gains[0], b = gains[1], c = gains[2];
   for (int64_t x = 0; x < width; ++x) {
     const double grey = ((a * red[x] + b * green[x]) + c * blue[x]) + offset;
-    out[x] = static_cast<Byte>(
-        static_cast<int>(std::min(std::max(std::nearbyint(grey), 0.0), 255.0)));
+    out[x] =
+        static_cast<Byte>(static_cast<int>(std::min(std::max(std::nearbyint(grey), 0.0), 255.0)));
   }
 }
 
@@ -114,12 +111,9 @@ struct HueTable {
 [[gnu::always_inline]] inline int pick(int mask, int a, int b) { return (a & mask) | (b & ~mask); }
 
 // Pillow's RGB to HSV. `value` is the largest channel.
-FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void to_hsv(const Byte* __restrict red,
-                                                         const Byte* __restrict green,
-                                                         const Byte* __restrict blue,
-                                                         int64_t width, Byte* __restrict hue,
-                                                         Byte* __restrict saturation,
-                                                         Byte* __restrict value) {
+FASTREID_VI_CLONES FASTREID_VI_NO_FMA inline void to_hsv(
+    const Byte* __restrict red, const Byte* __restrict green, const Byte* __restrict blue,
+    int64_t width, Byte* __restrict hue, Byte* __restrict saturation, Byte* __restrict value) {
   for (int64_t x = 0; x < width; ++x) {
     const int r = red[x], g = green[x], b = blue[x];
     const int high = std::max(r, std::max(g, b)), low = std::min(r, std::min(g, b));

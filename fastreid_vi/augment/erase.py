@@ -76,4 +76,5 @@ _random_erase = register(
     backends=("cpu",),
     rows=(0, 1, 2),
     verify=_verify,
+    backward=fused.refuse_gradient,
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastreid_vi import _checks
 from fastreid_vi.augment import fused
 from fastreid_vi.augment.draws import IMAGENET_MEAN, IMAGENET_STD, KINDS
 from fastreid_vi.augment.plan import (
@@ -43,6 +44,8 @@ def weighted_grayscale(images: Tensor, weights: Tensor, *, rounding: Rounding = 
     """
     fused.check_images(images)
     weights = fused.floating("weights", weights, images, (3,)).double()
+    if _looked_at(images):
+        fused.check_weights("weights", weights)
     return _bytes(images, _kind(images, "gray", rounding)._replace(weights=weights))
 
 
@@ -69,6 +72,9 @@ def channel_cutmix(images: Tensor, boxes: Tensor, channels: Tensor) -> Tensor:
     fused.check_images(images)
     boxes = fused.integers("boxes", boxes, images, (4,))
     channels = fused.integers("channels", channels, images, (2,))
+    if _looked_at(images):
+        fused.check_boxes("boxes", boxes)
+        fused.between("channels", channels, 0, 2)
     return _bytes(images, _kind(images, "cutmix")._replace(boxes=boxes, planes=channels))
 
 
@@ -99,6 +105,9 @@ def spectrum_jitter(
     fused.check_images(images)
     channel = fused.integers("channel", channel, images, ())
     factor = fused.floating("factor", factor, images, ()).float()
+    if _looked_at(images):
+        fused.between("channel", channel, 0, 2)
+        fused.check_factor("factor", factor)
     plan = _kind(images, "jitter", rounding)
     return _bytes(images, plan._replace(channel=channel, factor=factor))
 
@@ -108,12 +117,12 @@ def hue_jitter(images: Tensor, shift: Tensor) -> Tensor:
 
     Args:
         images: [B, H, W, 3] uint8.
-        shift: [B] floating, a fraction of the circle, -1 to 1.
+        shift: [B] floating, a fraction of the circle.
     Returns:
         [B, H, W, 3] uint8. A shift of zero still passes through HSV.
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit; on the CPU, a shift that is not finite.
 
     >>> import torch
     >>> red = torch.tensor([[[[255, 0, 0]]]], dtype=torch.uint8)
@@ -124,6 +133,8 @@ def hue_jitter(images: Tensor, shift: Tensor) -> Tensor:
     """
     fused.check_images(images)
     hue = hue_steps(fused.floating("shift", shift, images, ()))
+    if _looked_at(images):
+        fused.check_finite("shift", shift)
     return _bytes(images, _kind(images, "hue")._replace(hue=hue))
 
 
@@ -184,7 +195,7 @@ def pad_crop(
         images: [B, H, W, 3] uint8.
         top: [B] integers, 0 to 2 * pad: first row of the crop in the padded image.
         left: [B] integers, likewise.
-        pad: pixels added on every side, 0 to the smaller side of the image.
+        pad: pixels added on every side.
         value: of the added pixels, 0 to 255.
     Returns:
         [B, H, W, 3] uint8.
@@ -203,12 +214,18 @@ def pad_crop(
     fused.check_images(images)
     top = fused.integers("top", top, images, ())
     left = fused.integers("left", left, images, ())
-    if not 0 <= pad <= min(images.shape[1:3]):
-        raise ValueError(f"pad: expected 0 to {min(images.shape[1:3])}, got {pad}")
+    if pad < 0:
+        raise ValueError(f"pad: expected >= 0, got {pad}")
     if not 0 <= value <= 255:
         raise ValueError(f"value: expected 0 to 255, got {value}")
+    if _looked_at(images):
+        fused.between("top", top, 0, 2 * pad)
+        fused.between("left", left, 0, 2 * pad)
+    height, width = images.shape[1:3]
     plan = plain_plan(_all(images), border=value)
-    return _bytes(images, plan._replace(top=top - pad, left=left - pad))
+    # Further out there is nothing but border.
+    top, left = (top - pad).clamp(-height, height), (left - pad).clamp(-width, width)
+    return _bytes(images, plan._replace(top=top, left=left))
 
 
 def normalize(
@@ -254,6 +271,11 @@ def normalize(
 
 def _all(images: Tensor) -> Tensor:
     return torch.arange(images.shape[0], device=images.device)
+
+
+def _looked_at(images: Tensor) -> bool:
+    """Whether values are checked here, under the arguments' names; compiled, the op checks."""
+    return _checks.values_wanted(images.device.type) and not torch.compiler.is_compiling()
 
 
 def _check_rounding(rounding: str) -> None:

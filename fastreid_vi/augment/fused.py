@@ -185,13 +185,13 @@ def _check_plan(plan: Plan, images: Tensor) -> None:
 def _verify(result: Tensor, images: Tensor, *arguments: Any) -> None:
     plan = Plan(*arguments[: len(Plan._fields)])
     height, width = images.shape[1:3]
-    _between("plan.source", plan.source, 0, images.shape[0] - 1)
-    _between("plan.top", plan.top, -height, height)
-    _between("plan.left", plan.left, -width, width)
-    _between("plan.kind", plan.kind, 0, len(KINDS) - 1)
-    _between("plan.hue", plan.hue, 0, 255)
-    check_channels("plan.planes", plan.planes)
-    check_channels("plan.channel", plan.channel)
+    between("plan.source", plan.source, 0, images.shape[0] - 1)
+    between("plan.top", plan.top, -height, height)
+    between("plan.left", plan.left, -width, width)
+    between("plan.kind", plan.kind, 0, len(KINDS) - 1)
+    between("plan.hue", plan.hue, 0, 255)
+    between("plan.planes", plan.planes, 0, 2)
+    between("plan.channel", plan.channel, 0, 2)
     check_boxes("plan.boxes", plan.boxes)
     check_boxes("plan.erase", plan.erase)
     gray = plan.kind == KINDS.index("gray")
@@ -210,16 +210,12 @@ def _first(name: str, expected: str, bad: Tensor, values: Tensor) -> None:
     raise ValueError(f"{name}: expected {expected}, got {values[row].tolist()} in row {row}")
 
 
-def _between(name: str, values: Tensor, low: int, high: int) -> None:
+def between(name: str, values: Tensor, low: int, high: int) -> None:
+    """Integers are in low to high."""
     if values.numel():
         smallest, largest = (int(v) for v in torch.aminmax(values))
         if smallest < low or largest > high:
             _first(name, f"{low} to {high}", (values < low) | (values > high), values)
-
-
-def check_channels(name: str, values: Tensor) -> None:
-    """Channels are 0, 1 or 2."""
-    _between(name, values, 0, 2)
 
 
 def check_boxes(name: str, boxes: Tensor) -> None:
@@ -253,6 +249,11 @@ def check_finite(name: str, values: Tensor) -> None:
 # Registration.
 
 
+def refuse_gradient(ctx: Any, *grads: Any) -> Any:
+    """Backward of what has none."""
+    raise RuntimeError("fastreid_vi.augment is not differentiable")
+
+
 def _fake(images: Tensor, source: Tensor, *rest: Any) -> Tensor:
     dtype, channels_last = rest[-2:]
     shape = (source.shape[0], 3, *images.shape[1:3])
@@ -271,4 +272,5 @@ _augment = register(
     family="augment",
     backends=("cpu",),
     verify=_verify,
+    backward=refuse_gradient,
 )
