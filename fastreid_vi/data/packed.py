@@ -23,7 +23,7 @@ from fastreid_vi.augment import Plan, augment, level_table, view_plan
 from fastreid_vi.augment.draws import NORMALIZE
 from fastreid_vi.augment.sampling import batch_plan
 from fastreid_vi.config import VISIBLE, Batch, DataConfig
-from fastreid_vi.data.images import ImageList, Int64
+from fastreid_vi.data.images import DataError, ImageList, Int64
 from fastreid_vi.data.pack import Pixels
 from fastreid_vi.data.slabs import Slabs
 from fastreid_vi.data.spectrum import View
@@ -250,7 +250,14 @@ def _joined(plans: Sequence[Plan]) -> Plan:
 def _upload(pixels: Pixels, rows: Int64, device: torch.device) -> Tensor:
     """The images `rows` on the device: uint8 [n, H, W, 3]."""
     shape = (pixels.height, pixels.width, 3)
-    out = torch.empty((len(rows), *shape), dtype=torch.uint8, device=device)
+    try:
+        out = torch.empty((len(rows), *shape), dtype=torch.uint8, device=device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        need = len(rows) * int(np.prod(shape)) / 2**30
+        raise DataError(
+            f'data.resident "always": {need:.2f} GiB of images do not fit on {device}: '
+            "--data.resident never takes them batch by batch"
+        ) from error
     if device.type == "cpu":
         pixels.gather(rows, out.numpy())
         return out
@@ -292,9 +299,9 @@ def _taken_over(batch: Batch, event: torch.cuda.Event | None) -> Batch:
 def _take_over(tensors: Sequence[Tensor | None], event: torch.cuda.Event | None) -> None:
     if event is None:
         return
-    for tensor in tensors:
-        if tensor is not None:
-            current = torch.cuda.current_stream(tensor.device)
-            current.wait_event(event)
-            # Their memory must not be given away before this stream is through with them.
-            tensor.record_stream(current)
+    found = [tensor for tensor in tensors if tensor is not None]
+    current = torch.cuda.current_stream(found[0].device)
+    current.wait_event(event)
+    for tensor in found:
+        # Its memory must not be given away before this stream is through with it.
+        tensor.record_stream(current)

@@ -23,6 +23,7 @@ from fastreid_vi.data import (
     train_loader,
     write_pack,
 )
+from fastreid_vi.data import packed as packed_module
 from fastreid_vi.data.loader import TrainLoader
 from fastreid_vi.data.pack import Pack
 from fastreid_vi.data.packed import STRETCH, Resident, Streamed
@@ -207,6 +208,18 @@ def test_residence_is_chosen_by_what_the_device_can_spare(sysu):
         # The CPU has the pack in its page cache: "auto" is for devices with memory of their own.
         found = train_loader(images, sampler, change, seed=1, spare=1 << 40)
         assert isinstance(found._source, kind)
+
+
+def test_a_pack_that_does_not_fit_on_the_device(sysu, monkeypatch):
+    images = SysuMM01(sysu).train
+    pack = dataclasses.replace(packed(sysu, ALL), resident="always")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(packed_module.torch, "empty", full)
+    with pytest.raises(DataError, match=r"0\.00 GiB of images do not fit on cpu: --data"):
+        loader(images, pack)
 
 
 def test_processes_that_are_not_forked_map_the_files_again(sysu):
