@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastreid_vi._console import Console
 
 Asked = Literal["auto", "none", "k-reciprocal", "mser"]
+Direction = Literal["i2v", "v2i"]
 
 K_RECIPROCAL: Final[Mapping[str, Any]] = {"k1": 20, "k2": 6, "weight": 0.3, "neighbors": "all"}
 MSER: Final[Mapping[str, Any]] = {"k1": 40, "k2": 20, "weight": 0.3, "neighbors": "queries"}
@@ -115,6 +116,7 @@ def choose(
     *,
     changes: Mapping[str, Any] | None = None,
     sizes: tuple[int, int] | None = None,
+    direction: Direction = "i2v",
 ) -> Reranking | None:
     """The re-ranking of query and gallery.
 
@@ -123,7 +125,8 @@ def choose(
             the other methods.
         query, gallery: infrared and visible embeddings.
         changes: other values of k1, k2, weight, neighbors.
-        sizes: queries and gallery images; by default those of the protocol's largest gallery.
+        sizes: images that search and that are searched, for `memory`; by default the protocol's.
+        direction: which side searches, for `memory`; the protocols know it themselves.
     Returns:
         None for "none".
     Raises:
@@ -149,7 +152,13 @@ def choose(
         procedure = evaluation.MultiSpectral(spectra=list(further.values()), **parameters)
     else:
         procedure = evaluation.KReciprocal(**parameters)
-    memory = _memory(parameters, query, gallery, max(1, len(spectra)), sizes)
+    dim = int(np.shape(gallery.features)[1])
+    lists = {name: parameters[name] for name in ("k1", "k2", "neighbors")}
+    lists["spectra"] = max(1, len(spectra))
+    if sizes is not None:
+        memory = evaluation.rerank_memory(*sizes, dim, direction=direction, **lists)
+    else:
+        memory = _of_protocol(query, gallery, dim, lists)
     return Reranking(name, parameters, spectra, source, procedure, memory)
 
 
@@ -164,27 +173,17 @@ def _chosen(asked: str, gallery: Embeddings) -> tuple[str, Mapping[str, Any], st
     return "k-reciprocal", K_RECIPROCAL, "as published"
 
 
-def _memory(
-    parameters: Mapping[str, Any],
-    query: Embeddings,
-    gallery: Embeddings,
-    spectra: int,
-    sizes: tuple[int, int] | None,
-) -> int:
-    """Bytes for one search, or for all of the protocol, whose trials share what they can."""
-    dim = int(np.shape(gallery.features)[1])
-    lists = {name: parameters[name] for name in ("k1", "k2", "neighbors")}
-    if sizes is not None:
-        return evaluation.rerank_memory(*sizes, dim, spectra=spectra, **lists)
+def _of_protocol(query: Embeddings, gallery: Embeddings, dim: int, lists: Mapping[str, Any]) -> int:
+    """Bytes for all trials of a protocol, which share what they can."""
     most = pool = max(len(query.ids), len(gallery.ids))
     if gallery.dataset == "sysu" and gallery.permutations is not None:
         of: Any = {"mode": "all", "shots": 10, "trials": _score.TRIALS}
         trials = sysu_galleries(gallery, gallery.permutations, **of)
         most, pool = len(trials[0]), len(np.unique(np.concatenate(trials)))
     if lists["neighbors"] == "queries":
-        return evaluation.rerank_memory(len(query.ids), pool, dim, spectra=spectra, **lists)
-    copies = 4 * dim * pool * spectra  # of all trials' images
-    return copies + evaluation.rerank_memory(len(query.ids), most, dim, spectra=spectra, **lists)
+        return evaluation.rerank_memory(len(query.ids), pool, dim, **lists)
+    copies = 4 * dim * pool * int(lists["spectra"])  # of all trials' images
+    return copies + evaluation.rerank_memory(len(query.ids), most, dim, **lists)
 
 
 def size_text(count: int) -> str:
@@ -207,7 +206,7 @@ class Asking(NamedTuple):
     """Whose images the method's authors query with."""
     rows: Any
     """Rows of `gallery` that are searched."""
-    direction: Literal["i2v", "v2i"]
+    direction: Direction
 
 
 def rerank(
@@ -237,7 +236,8 @@ def rerank(
     asking = who(path, direction, setting, trial)
     sizes = (len(asking.query.ids), len(asking.rows))
     visible = asking.gallery if asking.direction == "i2v" else asking.query
-    chosen = choose(asked, asking.infrared, visible, changes=changes, sizes=sizes)
+    way = asking.direction
+    chosen = choose(asked, asking.infrared, visible, changes=changes, sizes=sizes, direction=way)
     if chosen is None:
         raise RerankError("--rerank none: expected auto, k-reciprocal or mser")
     console.note(
