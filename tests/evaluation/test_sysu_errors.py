@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastreid_vi.evaluation import Embeddings, evaluate_sysu
+from fastreid_vi.evaluation import Embeddings, evaluate_sysu, sysu_galleries
 from tests.evaluation.conftest import Data
 
 
@@ -113,6 +113,24 @@ def test_bad_input(data: Data, case: str) -> None:
     query, gallery, permutations, options = change(*data)
     with pytest.raises(ValueError, match=message):
         evaluate_sysu(query, gallery, permutations, **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_rows_that_no_trial_looks_at_are_checked_too(data: Data, value: float) -> None:
+    """A model that gives NaN is broken, whichever images a trial draws."""
+    query, gallery, permutations = data
+    (rows,) = sysu_galleries(gallery, permutations, mode="indoor", trials=1)
+    outside = np.setdiff1d(np.arange(len(gallery.ids)), rows)
+    absent = np.flatnonzero(~np.isin(query.ids, gallery.ids[rows]))
+    assert len(absent)  # persons that cameras 1 and 2 never saw
+    for side, row, message in (
+        (1, outside[17], rf"gallery.features: row {outside[17]} is not finite"),
+        (0, absent[0], rf"query.features: row {absent[0]} is not finite"),
+    ):
+        sides = list(data[:2])
+        sides[side] = changed(sides[side], features=with_row(sides[side].features, row, value))
+        with pytest.raises(ValueError, match=message):
+            evaluate_sysu(*sides, permutations, mode="indoor", trials=1)
 
 
 def test_wrong_types(data: Data) -> None:
