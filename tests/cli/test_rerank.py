@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fastreid_vi import _console
 from fastreid_vi._rerank import choose
 from fastreid_vi.evaluation import (
     Embeddings,
@@ -288,3 +290,24 @@ def test_the_report_shows_both(call, saved: Path, mpanet: Path, tmp_path: Path) 
     assert call("eval", run, "--rerank", "none").code == 0
     assert call("report", run, "--queries", 1).code == 0
     assert "re-ranked" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_long_work_is_heard_of(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal: the time while nothing is known, then how much is done."""
+    monkeypatch.setattr(_console, "_QUIET_SECONDS", 0.02)
+    with _console.Console(False).waiting("thinking"):
+        time.sleep(0.2)
+    said = capsys.readouterr().err.splitlines()
+    assert said
+    assert set(said) == {"thinking: 0 s"}
+    with _console.Console(False).waiting("counting") as show:
+        show(2, 2)
+        time.sleep(0.1)
+    assert capsys.readouterr().err.splitlines() == ["counting: 2 of 2"]
+
+
+def test_full_mode_counts_its_galleries(call, saved: Path) -> None:
+    said = call("eval", saved, "--neighbors", "all")
+    assert said.code == 0, said.err
+    assert "re-ranking galleries: 40 of 40" in said.err
+    assert "queries and gallery together are searched for neighbours" in said.out
