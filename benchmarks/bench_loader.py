@@ -31,7 +31,7 @@ from fastreid_vi.data.packing import Packed
 from fastreid_vi.methods import recipe
 
 PERSONS = 20  # of the training set
-SIZE = (64, 32) if TINY else (400, 160)  # pixels of a file, height and width
+SIZE, SMALL = (400, 160), (64, 32)  # pixels of a file, height and width
 LEAST = 8.0  # images from a pack, times those from files, on one processor
 ROUNDS = 1 if TINY else 7
 # Batches of a round.
@@ -48,11 +48,13 @@ class Rate(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("loader") / "sysu"
+    rehearsal = TINY or request.config.getoption("benchmark_disable")
+    height, width = SMALL if rehearsal else SIZE
     synthesize(
-        folder, train_ids=PERSONS, val_ids=1, test_ids=5, images=(1, 2), height=SIZE[0],
-        width=SIZE[1], workers=1,
+        folder, train_ids=PERSONS, val_ids=1, test_ids=5, images=(1, 2), height=height,
+        width=width, workers=1,
     )  # fmt: skip
     return folder
 
