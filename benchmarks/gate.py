@@ -31,7 +31,15 @@ from benchmarks import catalogue
 from benchmarks.machine import ROOT, commit, cpu_model, slug, vectors
 from benchmarks.paired import SECONDS, paired
 from benchmarks.slowed import slowed
-from benchmarks.workload import Workload, floats, function_of, prepared, rooms_of, tuple_of
+from benchmarks.workload import (
+    Workload,
+    floats,
+    function_of,
+    prepared,
+    rooms_of,
+    truth_of,
+    tuple_of,
+)
 from fastreid_vi._console import table
 
 BASELINES = ROOT / "benchmarks" / "baselines"
@@ -140,10 +148,11 @@ def pairs(only: Sequence[str] = ()) -> Iterator[Pair]:
         if GATED.get(op) != case.shape or op in seen or (only and op not in only):
             continue
         seen.add(op)
-        room = rooms_of(op)[0]
+        room, truth = rooms_of(op)[0], truth_of(case.work)
         for peer in (room, PEER):
-            with prepared(case.work, peer, "forward"):
+            with prepared(case.work, peer, "forward", truth):
                 pass
+        del truth
         name = f"{op} {case.shape}"
         yield Pair(f"{name} forward", op, forward_of(case.work, room), forward_of(case.work, PEER))
         if any(a.requires_grad for a in floats(case.work.args)):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 Step = Callable[[], Any]
-SECONDS = 1.0  # of a measurement
+SECONDS = 0.8  # of a measurement
 BLOCK = 2e-3  # least seconds of a block: far above the clock's noise, below a time slice
 FEWEST, MOST = 12, 400  # blocks of each side
 QUANTILE = 0.1
