@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastreid_vi.evaluation.arrays import Int, Real, at_least_one, described, like, real_matrix
+from fastreid_vi.evaluation.arrays import (
+    Int,
+    Real,
+    at_least_one,
+    described,
+    like,
+    real_matrix,
+    to_numpy,
+)
 from fastreid_vi.evaluation.nearest import Metric
 from fastreid_vi.evaluation.search import SearchResult, search
 
@@ -94,8 +102,9 @@ def _search_shard(
     shape = tuple(getattr(shard, "shape", None) or np.shape(shard))
     rows = int(shape[0]) if len(shape) == 2 else k
     if rows:
-        found = search(queries, shard, min(k, rows), metric=metric, threads=threads)
-        return _Part(None, int(offset), rows, mark, found.scores, found.indices + int(offset))
+        found = search(query, shard, min(k, rows), metric=metric, threads=threads)
+        scores, indices = (to_numpy("query", part) for part in found)
+        return _Part(None, int(offset), rows, mark, scores, indices + int(offset))
     # One zero row in place of none: the queries and names are checked all the same.
     search(queries, np.zeros((1, shape[1]), queries.dtype), 1, metric=metric, threads=threads)
     return _Part(None, int(offset), 0, mark)
