@@ -113,8 +113,11 @@ def record_file(folder: Path | None, dry: bool) -> Path:
     name = "dry-run" if dry else slug(torch.cuda.get_device_name())
     place = (folder or RESULTS) / name
     place.mkdir(parents=True, exist_ok=True)
-    earlier = sorted(place.glob(f"*-{commit()}.json"))
-    return earlier[-1] if earlier else place / f"{date.today().isoformat()}-{commit()}.json"
+    now = commit()
+    if now == "unknown":  # it cannot be told whether an earlier record is of this code
+        return place / time.strftime("%Y-%m-%d-unknown-%H%M%S.json")
+    earlier = sorted(place.glob(f"*-{now}.json"))
+    return earlier[-1] if earlier else place / f"{date.today().isoformat()}-{now}.json"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -313,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for section in it.sections:
         before = record["sections"].get(section.name, {})
         if before.get("state") == "complete" and not it.again:
+            print(f"{section.name}: complete in {path.name}", flush=True)
             continue
         seconds = min(section.seconds * patience, until - time.monotonic())
         if seconds < 10:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -47,14 +48,29 @@ def device_class() -> str:
     return slug(f"cpu {cpu_model()} {vectors()} {torch.get_num_threads()} threads")
 
 
+def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def commit() -> str:
-    """The checkout's commit, eight digits; COMMIT from outside where there is no repository."""
+    """The checkout's commit, eight digits, and a mark of what was changed since.
+
+    COMMIT from outside where there is no repository; "unknown" without that.
+    """
     if given := os.environ.get("COMMIT"):
-        return given[:8]
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=8", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+        return slug(given)[:13]
+    found = _git("rev-parse", "--short=8", "HEAD")
+    if found is None:
+        return "unknown"
+    changes = _git("diff", "HEAD", "--", "fastreid_vi", "kernels", "csrc", "setup.py")
+    if not changes:
+        return found
+    return f"{found}-{hashlib.sha256(changes.encode()).hexdigest()[:4]}"
 
 
 def machine() -> dict[str, Any]:

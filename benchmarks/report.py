@@ -25,24 +25,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("json", type=Path, nargs="?", help="a record; the committed ones else")
     parser.add_argument("--mode", choices=("forward", "training"), help="default: both")
+    parser.add_argument("--against", type=Path, help="an earlier file: which rows moved")
     parser.add_argument("--keep", action="store_true", help="put it among the committed records")
     parser.add_argument("--readme", action="store_true", help="write the README's section")
     arguments = parser.parse_args(argv)
-    if arguments.keep:
-        if arguments.json is None:
-            parser.error("--keep needs the file to keep")
-        print(f"kept in {records.keep(arguments.json)}")
+    if arguments.json is None and (arguments.keep or arguments.against):
+        parser.error("--keep and --against need a file")
+    try:
+        if arguments.against:
+            both = map(records.read, (arguments.against, arguments.json))
+            print(tables.agreement(*both))
+            return 0
+        if arguments.keep:
+            print(f"kept in {records.keep(arguments.json)}")
+        found = [records.read(arguments.json)] if arguments.json else []
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if arguments.readme:
         for path in readme.write():
             print(f"wrote {path.relative_to(ROOT)}")
     if arguments.keep or arguments.readme:
         return 0
-    newest = [records.latest(kind) for kind in ("cpu", "gpu")]
-    found = [records.read(arguments.json)] if arguments.json else [n[1] for n in newest if n]
-    if not found:
-        print("no committed record")
+    if arguments.json is None:
+        found = [newest[1] for kind in ("cpu", "gpu") if (newest := records.latest(kind))]
     for record in found:
         print(tables.everything(record, arguments.mode))
+    if not found:
+        print("no committed record")
     return 0
 
 

@@ -288,3 +288,24 @@ def everything(record: Record, mode: str | None = None) -> str:
     """All tables, for the terminal."""
     parts = [table(record, mode), steps_table(record), others_table(record), signature(record)]
     return "\n\n".join(part for part in parts if part)
+
+
+def agreement(first: Record, second: Record) -> str:
+    """Rows of two runs whose quartiles do not meet, and how many do."""
+    before, after = grouped(first), grouped(second)
+    rows, met = [], 0
+    for key in before.keys() & after.keys():
+        for peer in before[key].keys() & after[key].keys():
+            a, b = (found[key][peer]["seconds"] for found in (before, after))
+            if max(a[0], b[0]) <= min(a[2], b[2]):
+                met += 1
+            else:
+                change = f"{100 * (b[1] / a[1] - 1):+.0f} %"
+                names = [f"`{key[0]}`", *key[1:3], peer]
+                times = [milliseconds(found[key][peer]) for found in (before, after)]
+                rows.append([*names, *times, change])
+    text = f"{met} of {met + len(rows)} rows of both runs have quartiles that meet"
+    if not rows:
+        return text
+    heads = ["op", "shape", "mode", "by", "first, ms", "second, ms", "change"]
+    return f"{markdown(heads, sorted(rows))}\n\n{text}"

@@ -90,6 +90,36 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not list(tmp_path.iterdir())
 
 
+class TestRecordFile:
+    """One of this code is continued, another one never."""
+
+    def file(self, folder: Path, monkeypatch: pytest.MonkeyPatch, commit: str) -> Path:
+        monkeypatch.setattr(gpu_run, "commit", lambda: commit)
+        return gpu_run.record_file(folder, dry=True)
+
+    def test_the_same_code(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        earlier = tmp_path / "dry-run" / "2026-01-01-0123abcd.json"
+        earlier.parent.mkdir()
+        earlier.touch()
+        assert self.file(tmp_path, monkeypatch, "0123abcd") == earlier
+        assert self.file(tmp_path, monkeypatch, "0123abcd-99ff") != earlier
+        assert self.file(tmp_path, monkeypatch, "unknown").name != "unknown.json"
+
+    def test_changes_have_a_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("COMMIT", raising=False)
+        answers = {"rev-parse": "0123abcd", "diff": ""}
+        monkeypatch.setattr(machine, "_git", lambda *words: answers[words[0]])
+        assert machine.commit() == "0123abcd"
+        names = set()
+        for change in ("+a", "+b"):
+            answers["diff"] = change
+            names.add(machine.commit())
+        assert len(names) == 2
+        assert all(name.startswith("0123abcd-") for name in names)
+        monkeypatch.setattr(machine, "_git", lambda *words: None)
+        assert machine.commit() == "unknown"
+
+
 class TestPlan:
     def test_everything(self) -> None:
         assert [s.name for s in plan("", dry=False).sections] == [

@@ -95,6 +95,14 @@ class TestTables:
         assert "| `loader` | mcja | pack | - | - |" in text
         assert "sysu_table" not in tables.table(record("cpu", *rows))
 
+    def test_two_runs(self) -> None:
+        first = record("cpu", OURS, EAGER)
+        second = record("cpu", row("cpu", 2.1e-3), row("eager", 2e-3), SLOW)
+        text = tables.agreement(first, second)
+        assert text.endswith("1 of 2 rows of both runs have quartiles that meet")
+        assert "| eager | 1.00 (0.90-1.10) | 2.00 (1.80-2.20) | +100 % |" in text
+        assert "|" not in tables.agreement(first, first)
+
 
 FOUND = {
     "machine_info": {"class": "m", "device": "M", "torch": "2.13", "python_version": "3.11"},
