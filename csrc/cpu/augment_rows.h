@@ -13,7 +13,8 @@
 #pragma STDC FP_CONTRACT OFF
 #define FASTREID_VI_NO_FMA
 #elif defined(__GNUC__)
-#define FASTREID_VI_NO_FMA __attribute__((optimize("fp-contract=off")))
+// Inlined, a function would take its caller's word for it.
+#define FASTREID_VI_NO_FMA __attribute__((optimize("fp-contract=off"), noinline))
 #else
 #define FASTREID_VI_NO_FMA
 #endif
@@ -196,12 +197,14 @@ FASTREID_VI_NO_FMA inline void tone(const int64_t* moments, int64_t pixels, cons
   std::copy_n(moments, 9, sums);
   std::copy_n(mix, 3, w);
   const double count = static_cast<double>(std::max<int64_t>(pixels, 1));
-  const auto term = [&](int i, int j, int product) FASTREID_VI_NO_FMA {
-    const double covariance = sums[product] - sums[i] * sums[j] / count;
-    return (w[i] * w[j]) * covariance;
-  };
-  const double own = (term(0, 0, 3) + term(1, 1, 4)) + term(2, 2, 5);
-  const double cross = (term(0, 1, 6) + term(0, 2, 7)) + term(1, 2, 8);
+  double terms[6];
+  constexpr int kPairs[6][2] = {{0, 0}, {1, 1}, {2, 2}, {0, 1}, {0, 2}, {1, 2}};
+  for (int k = 0; k < 6; ++k) {
+    const auto [i, j] = kPairs[k];
+    terms[k] = (w[i] * w[j]) * (sums[3 + k] - sums[i] * sums[j] / count);
+  }
+  const double own = (terms[0] + terms[1]) + terms[2];
+  const double cross = (terms[3] + terms[4]) + terms[5];
   const double deviation = std::sqrt(std::max((own + 2.0 * cross) / count, 0.0));
   const double scale = static_cast<double>(mix[4]) / (deviation + 1e-3);
   const double mean = ((w[0] * sums[0] + w[1] * sums[1]) + w[2] * sums[2]) / count;
