@@ -16,6 +16,11 @@ OPS = sorted(p.stem for p in (ROOT / "fastreid_vi/ops").glob("*.py") if p.stem[0
 MODULES = [
     "fastreid_vi._backend",
     "fastreid_vi._dispatch",
+    "fastreid_vi.augment.erase",
+    "fastreid_vi.augment.explicit",
+    "fastreid_vi.augment.fused",
+    "fastreid_vi.augment.plan",
+    "fastreid_vi.augment.sampling",
     "fastreid_vi.losses",
     "fastreid_vi.methods",
     *(f"fastreid_vi.ops.{family}" for family in OPS),
