@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,12 +83,18 @@ def measured(peer: str) -> dict[str, float]:
     query, gallery = unit(QUERIES, 0), unit(IMAGES, 1)
     step = steps(query, gallery, peer)[peer]
     steps(query[:200], gallery[:2000], peer)[peer]()  # loads what is loaded at the first call
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = resident("VmRSS")
     began = time.perf_counter()
     step()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "bytes": peak - pages * os.sysconf("SC_PAGE_SIZE")}
+    return {"seconds": seconds, "bytes": resident("VmHWM") - before}
+
+
+def resident(name: str) -> int:
+    """Bytes of this program: now (VmRSS), or the most there were (VmHWM, unlike ru_maxrss without
+    what its parent had)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def in_its_own_process(peer: str) -> dict[str, float]:
