@@ -35,16 +35,20 @@ def _make(args: argparse.Namespace, console: Console) -> bool:
 
     recipe = _recipe(args)
     dataset = open_dataset(recipe, args.root)
-    with console.progress("packing", "images") as show:
-        done = write_pack(
-            dataset,
-            recipe.data,
-            args.out,
-            workers=args.workers,
-            shard_bytes=args.shard_mib << 20,
-            overwrite=args.overwrite,
-            progress=show,
-        )
+    try:
+        with console.progress("packing", "images") as show:
+            done = write_pack(
+                dataset,
+                recipe.data,
+                args.out,
+                workers=args.workers,
+                shard_bytes=args.shard_mib << 20,
+                overwrite=args.overwrite,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        console.note(f"{PROGRAM}: what is done is kept; the same command continues")
+        raise
     _say(done, args.recipe, args.root, console)
     return True
 

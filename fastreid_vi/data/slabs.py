@@ -6,6 +6,7 @@ are mapped and cleared by the kernel again, which costs more than writing the ba
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -36,10 +37,12 @@ class Slabs:
         return images
 
     def _block(self, size: int) -> Any:
-        while self._free:
-            block = self._free.pop()
-            if len(block) >= size:
-                return block
+        # Threads take and give back at the same time: ask for forgiveness.
+        with contextlib.suppress(IndexError):
+            while True:
+                block = self._free.pop()
+                if len(block) >= size:
+                    return block
         return np.empty(size, dtype=np.float32)
 
     def _give_back(self, block: Any) -> None:
