@@ -122,6 +122,17 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
       "Tensor planes, Tensor channel, Tensor factor, Tensor nearest, Tensor erase, Tensor values, "
       "Tensor levels, Tensor? channel_mix, bool channels_last) -> ()");
   m.def("random_erase(Tensor images, Tensor boxes, Tensor values) -> Tensor");
+  m.def(
+      "rank_rows(Tensor distance, Tensor query_ids, Tensor query_places, Tensor pool_ids, "
+      "Tensor pool_places, Tensor columns, Tensor offsets, int num_ids, int most, str rule) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "merge_top_k(Tensor best, Tensor best_index, Tensor scores, Tensor? indices, Tensor? scale, "
+      "Tensor? shift, int first_index, int k) -> (Tensor, Tensor)");
+  m.def(
+      "pair_scores(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, "
+      "Tensor columns, str metric) -> Tensor");
+  m.def("row_norms(Tensor rows) -> Tensor");
 }
 
 // Importing the module runs the static registrars; it has no Python content of its own.

@@ -247,7 +247,7 @@ def backends() -> dict[str, dict[str, str]]:
     >>> fastreid_vi.backends()["gem_pool"]["reference"]
     'built'
     """
-    for families in ("ops", "augment.fused", "augment.erase"):
+    for families in ("ops", "augment.fused", "augment.erase", "evaluation.device_ops"):
         importlib.import_module(f"fastreid_vi.{families}")  # fills the table
     table = {}
     for name, op in OPS.items():

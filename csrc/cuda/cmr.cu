@@ -38,7 +38,7 @@ Batch batch_of(const char* op, const Tensor& embeddings, const Tensor& labels,
                   fastreid_vi::kCmrLongest, " rows, got ", rows);
   const double longest = 2 / strength < 1 ? 1 : 2 / strength;
   const int general = longest < double(rows) ? static_cast<int>(longest) : static_cast<int>(rows);
-  const int padded = fastreid_vi::soft_rank_padded(general);
+  const int padded = fastreid_vi::sort_padded(general);
   const int64_t width = embeddings.scalar_type() == ScalarType::Double ? 8 : 4;
   STD_TORCH_CHECK(padded * (fastreid_vi::kSoftRankSlotBytes + width) + 2048 <=
                       fastreid_vi::shared_memory_limit(),

@@ -25,13 +25,12 @@ struct Plan {
 
 Plan plan_for(const char* op, int64_t rows, int64_t n) {
   const int64_t limit = fastreid_vi::shared_memory_limit() - 1024;  // the reductions take some
-  const bool fits =
-      n <= fastreid_vi::kSoftRankLongest &&
-      fastreid_vi::soft_rank_padded(static_cast<int>(n)) * kSoftRankSlotBytes <= limit;
+  const bool fits = n <= fastreid_vi::kSoftRankLongest &&
+                    fastreid_vi::sort_padded(static_cast<int>(n)) * kSoftRankSlotBytes <= limit;
   STD_TORCH_CHECK(fits, op, ": rows of ", n,
                   " entries do not fit the shared memory of this device, ", limit, " bytes of ",
                   kSoftRankSlotBytes, " for each entry up to the next power of 2");
-  const int padded = fastreid_vi::soft_rank_padded(static_cast<int>(n));
+  const int padded = fastreid_vi::sort_padded(static_cast<int>(n));
   const bool warps = n <= kSoftRankWarpRow;
   const int64_t per_block = warps ? kSoftRankWarps : 1;
   return {rows,

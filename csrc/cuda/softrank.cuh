@@ -5,7 +5,7 @@
 // A negative strength ranks in descending order. Sums and ranks are taken in double.
 #pragma once
 
-#include "team.cuh"
+#include "ordered.cuh"
 
 namespace fastreid_vi {
 
@@ -14,13 +14,6 @@ constexpr int kSoftRankWarps = 4;        // rows of a block of the warp kernels
 constexpr int kSoftRankThreads = 512;    // of a block that takes one row
 constexpr int kSoftRankSlotBytes = 12;   // shared memory for each entry of a padded row
 constexpr int kSoftRankLongest = 32768;  // positions are 16-bit
-
-// The power of two that a bitonic sort of n entries needs.
-__host__ __device__ constexpr int soft_rank_padded(int n) {
-  int padded = 2;
-  while (padded < n) padded *= 2;
-  return padded;
-}
 
 // Rounded once.
 template <typename T>
@@ -34,58 +27,6 @@ __device__ __forceinline__ __half from_double<__half>(double x) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_double<__nv_bfloat16>(double x) {
   return __double2bfloat16(x);
-}
-
-__device__ __forceinline__ double not_a_number() { return __int_as_float(0x7FC00000); }
-
-__device__ __forceinline__ uint64_t bits_of(double x) {
-  union {
-    double number;
-    uint64_t bits;
-  } both;
-  both.number = x;
-  return both.bits;
-}
-__device__ __forceinline__ double number_of(uint64_t x) {
-  union {
-    uint64_t bits;
-    double number;
-  } both;
-  both.bits = x;
-  return both.number;
-}
-
-// Unsigned integers in the order of the numbers.
-__device__ __forceinline__ uint32_t ordered_bits(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ uint64_t ordered_bits(double x) {
-  const uint64_t bits = bits_of(x);
-  return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
-}
-
-// Ascending; `padded` is a power of two. With `indexed`, index[] moves along with the keys.
-template <bool indexed, typename Key, typename Team>
-__device__ __forceinline__ void bitonic_sort(const Team& team, Key* keys, unsigned short* index,
-                                             int padded) {
-  for (int run = 2; run <= padded; run *= 2) {
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      for (int pair = team.rank; pair < padded / 2; pair += Team::size) {
-        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
-        const Key a = keys[low], b = keys[high];
-        if ((a > b) != ((low & run) == 0)) continue;
-        keys[low] = b;
-        keys[high] = a;
-        if constexpr (indexed) {
-          const unsigned short moved = index[low];
-          index[low] = index[high];
-          index[high] = moved;
-        }
-      }
-      team.sync();
-    }
-  }
 }
 
 // Shared memory of one row. `slots` hold sort keys, then s, then the sums of the blocks of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias, get_args
+from typing import Any, Final, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ Dense: TypeAlias = npt.NDArray[np.int32]
 Real: TypeAlias = npt.NDArray[np.floating[Any]]
 Double: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
+
+# DLPack's numbers for CUDA memory, managed memory included.
+CUDA_MEMORY: Final = (2, 13)
 
 
 def described(array: npt.NDArray[Any]) -> str:
@@ -39,6 +42,15 @@ def to_numpy(name: str, value: Any) -> npt.NDArray[Any]:
         raise ValueError(
             f"{name}: expected an array, got {type(value).__name__} ({error})"
         ) from None
+
+
+def on_device(value: Any) -> bool:
+    """Whether an array lies in the memory of a CUDA device: a torch tensor, CuPy, DLPack."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return bool(value.is_cuda)
+    where = getattr(value, "__dlpack_device__", None)
+    return where is not None and next(iter(where())) in CUDA_MEMORY
 
 
 def like(reference: Any, array: npt.NDArray[Any]) -> Any:

@@ -4,6 +4,8 @@ Two rooms give the same bits:
 
     retrieval   C++ threads: counts the images ahead of each match, sorts no row
     reference   NumPy: a stable argsort of every row
+
+So do those of `device`, for distances that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastreid_vi import _backend
-from fastreid_vi.evaluation.arrays import Dense, Double, Int, Real, dense
+from fastreid_vi.evaluation.arrays import Dense, Double, Int, Real, dense, on_device
 
 CameraRule = Literal["none", "location", "same_id_and_camera"]
 
@@ -130,23 +132,35 @@ def choose() -> str:
 
 
 def rank_rows(
-    distance: Real, labels: Labels, galleries: Sequence[Int], names: Int, threads: int | None
+    distance: Any, labels: Labels, galleries: Sequence[Int], names: Int, threads: int | None
 ) -> Ranks:
     """Place the matches of every row in every gallery.
 
     Args:
-        distance: [R, N], float32 or float64, any strides: queries x pool.
+        distance: [R, N], float32 or float64, any strides: queries x pool; a NumPy array, or a torch
+            tensor for the rooms of its device.
         labels: of these R queries and N pool images.
         galleries: T lists of pool columns in gallery order, which decides ties.
         names: [R] query numbers, for the message about a NaN.
         threads: of the C++ room; None for all cores of this process.
     """
-    room = _retrieval if choose() == "retrieval" else _reference
-    ranks, bad_row = room(distance, labels, galleries, threads or cores())
-    if bad_row >= 0:
-        column = int(np.isnan(distance[bad_row]).argmax())
+    if isinstance(distance, np.ndarray):
+        room = _retrieval if choose() == "retrieval" else _reference
+        ranks, bad_row = room(distance, labels, galleries, threads or cores())
+        column = int(np.isnan(distance[bad_row]).argmax()) if bad_row >= 0 else -1
+    else:
+        device = importlib.import_module("fastreid_vi.evaluation.device")
+        ranks, columns = device.rank_rows(distance, labels, galleries)
+        bad_row = int((columns >= 0).argmax())
+        column = int(columns[bad_row])
+    if column >= 0:
         raise ValueError(f"distance: NaN for query {names[bad_row]} (column {column})")
     return ranks
+
+
+def stays_on_device(value: Any) -> bool:
+    """Whether the rooms of `evaluation.device` take an array; the host's do where they must."""
+    return on_device(value) and _backend.forced() != "retrieval"
 
 
 def cores() -> int:

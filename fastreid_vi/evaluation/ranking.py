@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -11,14 +12,26 @@ from fastreid_vi.evaluation.arrays import (
     Int,
     Mask,
     at_least_one,
+    check_real,
     choice,
     integers,
     real_matrix,
+    to_numpy,
 )
-from fastreid_vi.evaluation.positions import CameraRule, Ranks, make_labels, rank_rows
+from fastreid_vi.evaluation.positions import (
+    CameraRule,
+    Labels,
+    Ranks,
+    make_labels,
+    rank_rows,
+    stays_on_device,
+)
 
 CmcBy = Literal["identity", "image"]
 ProtocolName = Literal["sysu", "regdb", "llcm", "market"]
+
+# Distances of another type that are converted in one go.
+CONVERTED: Final = 2**22
 
 
 class Protocol(NamedTuple):
@@ -97,7 +110,8 @@ def rank_metrics(
     first; with its n matches at positions r_1 < ... < r_n, AP = mean of m / r_m and INP = n / r_n.
 
     Args:
-        distance: [Q, G], real numbers without NaN; half precisions are compared in float32.
+        distance: [Q, G], real numbers without NaN; half precisions are compared in float32. What
+            lies on a CUDA device (torch, CuPy, DLPack) is ranked there.
         query_ids, gallery_ids: [Q], [G] identities, any integers.
         query_cams, gallery_cams: [Q], [G] camera numbers; only the rule "none" does without them.
         protocol: "sysu", "regdb", "llcm" or "market": defaults of the next three arguments.
@@ -113,7 +127,7 @@ def rank_metrics(
         TypeError: an argument of the wrong kind.
         ValueError: sizes that disagree, an empty `distance`, a NaN in it, missing cameras, an
             unknown name, or no query with a match.
-    Spec: evaluation, 1 to 3. Golden: eval. Backends: retrieval.
+    Spec: evaluation, 1 to 3. Golden: eval. Backends: retrieval, cuda.
 
     >>> rank_metrics([[0.1, 0.4, 0.2]], [7], [7, 7, 9], protocol="regdb").mAP
     0.8333333333333333
@@ -123,9 +137,14 @@ def rank_metrics(
     by = defaults.cmc_by if cmc_by is None else cmc_by
     length = defaults.max_rank if max_rank is None else max_rank
     check_options(rule, by, length, threads)
-    matrix = real_matrix("distance", distance, "[Q, G]")
+    if stays_on_device(distance):
+        device = importlib.import_module("fastreid_vi.evaluation.device")
+        matrix = device.tensor_of("distance", distance, "[Q, G]")
+    else:
+        matrix = to_numpy("distance", distance)
+        check_real("distance", matrix, "[Q, G]")
     queries, images = matrix.shape
-    if not matrix.size:
+    if 0 in matrix.shape:
         raise ValueError(
             f"distance: expected at least one query and one image, got shape {list(matrix.shape)}"
         )
@@ -136,9 +155,25 @@ def rank_metrics(
         _cameras("gallery_cams", gallery_cams, images, rule),
         rule,
     )
-    ranks = rank_rows(matrix, labels, [np.arange(images)], np.arange(queries), threads)
-    ranks = ranks.gallery(0)
+    ranks = _rank_matrix(matrix, labels, threads)
     return summarize(ranks, by, length, per_query, f"{images} gallery images, rule {rule!r}")
+
+
+def _rank_matrix(matrix: Any, labels: Labels, threads: int | None) -> Ranks:
+    """One gallery, [Q]; a matrix that has to be converted is never copied as a whole."""
+    queries, images = matrix.shape
+    here = isinstance(matrix, np.ndarray)
+    whole = not here or matrix.dtype in (np.float32, np.float64)
+    block = queries if whole else max(1, CONVERTED // images)
+    ranks = Ranks.empty(1, queries)
+    for begin in range(0, queries, block):
+        part = matrix[begin : begin + block]
+        if here:
+            part = real_matrix("distance", part, "[Q, G]")
+        rows = np.arange(begin, begin + len(part))
+        found = rank_rows(part, labels.rows(rows), [np.arange(images)], rows, threads)
+        ranks.put(slice(None), rows, found)
+    return ranks.gallery(0)
 
 
 def _cameras(name: str, value: Any, length: int, rule: CameraRule) -> Int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from fastreid_vi.evaluation.arrays import (
     to_numpy,
 )
 from fastreid_vi.evaluation.nearest import Metric, Nearest, nearest, row_norms
-from fastreid_vi.evaluation.positions import cores
+from fastreid_vi.evaluation.positions import cores, stays_on_device
 
 QUERIES: Final = 2048  # multiplied at once with
 COLUMNS: Final = 1024  # gallery rows: the products stay in the cache
@@ -57,7 +58,8 @@ def search(
     BLAS, and euclidean distances of near duplicates are accurate.
 
     Args:
-        query: [Q, D], real numbers: NumPy, torch, CuPy, DLPack or nested lists.
+        query: [Q, D], real numbers: NumPy, torch, CuPy, DLPack or nested lists. What lies on a CUDA
+            device is searched there.
         gallery: [G, D]; only slices of rows are read, so `np.memmap`, an HDF5 data set or a tensor
             on a GPU never is in memory as a whole. float32 and float64 are read in place.
         k: neighbours wanted, 1 to G.
@@ -68,13 +70,13 @@ def search(
         block: gallery rows read at once, by default a size that fits the cache. It changes no
             result.
     Returns:
-        `SearchResult(scores, indices)`, [Q, k] each, NumPy arrays, or tensors on the query's device
-        if the query is a torch tensor or a CuPy array.
+        `SearchResult(scores, indices)`, [Q, k] each, NumPy arrays, or torch tensors or CuPy arrays
+        on the query's device if it is one.
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: an empty argument, rows of different lengths, k below 1 or above G, an unknown
             metric, or a NaN or infinity, with its row.
-    Spec: evaluation, 4.6. Backends: retrieval.
+    Spec: evaluation, 4.6. Backends: retrieval, cuda.
 
     >>> search([[1.0, 0.0]], [[0.0, 2.0], [3.0, 0.0], [1.0, 1.0]], 2).indices
     array([[1, 2]])
@@ -83,6 +85,9 @@ def search(
     for name, value in (("k", k), ("threads", threads), ("block", block)):
         if value is not None or name == "k":
             at_least_one(name, value)
+    if stays_on_device(query):
+        device = importlib.import_module("fastreid_vi.evaluation.device")
+        return SearchResult(*device.search(query, gallery, Rows(gallery), k, metric, block))
     queries, rows = real_matrix("query", query, "[Q, D]"), Rows(gallery)
     if not queries.size:
         raise ValueError(f"query: expected at least one row and column, got {list(queries.shape)}")

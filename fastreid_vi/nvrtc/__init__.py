@@ -36,6 +36,10 @@ ROOMS: Final = {
     "cross_modality_retrieval_loss_backward": "cmr",
     "soft_rank": "softrank",
     "soft_rank_backward": "softrank",
+    "rank_rows": "ranking",
+    "merge_top_k": "topk",
+    "pair_scores": "topk",
+    "row_norms": "topk",
 }
 
 

@@ -41,6 +41,19 @@ def indices_of(op: str, tensor: Tensor, count: int) -> Tensor:
     return tensor.contiguous()
 
 
+def vector_of(name: str, tensor: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """A contiguous vector of one dtype and length."""
+    if tensor.dtype != dtype or tensor.shape != (length,):
+        kind = str(dtype).removeprefix("torch.")
+        raise RuntimeError(f"{name}: expected {kind} of shape [{length}]")
+    return tensor.contiguous()
+
+
+def sort_padded(n: int) -> int:
+    """The power of two that a bitonic sort of n entries needs, as in ordered.cuh."""
+    return max(2, 1 << (n - 1).bit_length())
+
+
 def values_of(op: str, tensor: Tensor, like: Tensor, count: int) -> Tensor:
     """`count` contiguous values in the accumulation dtype of `like`."""
     if tensor.dtype != accumulator(like.dtype) or tensor.numel() != count:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreid_vi.nvrtc import compiler, runtime
 from fastreid_vi.nvrtc.kernel import Kernel
-from fastreid_vi.nvrtc.layout import FLOATING, WARP, blocks, c_type, check_rank
+from fastreid_vi.nvrtc.layout import FLOATING, WARP, blocks, c_type, check_rank, sort_padded
 
 _SIZES: Final = compiler.constants("softrank.cuh")
 _INSTANCES: Final = tuple((t,) for t in FLOATING)
@@ -85,7 +85,7 @@ def soft_rank_backward(grad: Tensor, blocks: Tensor, strength: float, descending
 def _plan(op: str, values: Tensor) -> _Plan:
     rows, n = values.shape
     slot = _SIZES["kSoftRankSlotBytes"]
-    padded = max(2, 1 << (n - 1).bit_length())  # what a bitonic sort needs
+    padded = sort_padded(n)
     limit = runtime.present.shared_memory_limit(values) - 1024  # the reductions take some
     if n > _SIZES["kSoftRankLongest"] or padded * slot > limit:
         raise RuntimeError(

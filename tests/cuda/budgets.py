@@ -66,4 +66,11 @@ BUDGETS = {
     "cluster_centres_kernel": Budget(registers=208, shared=39424, wide_stores=True),
     "cluster_finish_kernel": Budget(registers=64, shared=512, wide_loads=False),
     "cluster_backward_kernel": Budget(registers=80, shared=1792, wide_stores=True),
+    # csrc/cuda/ranking.cu; rows are read where a gallery's columns are
+    "rank_rows_kernel": Budget(registers=48, shared=256, wide_loads=False),
+    "nan_column_kernel": Budget(registers=40, shared=256),
+    # csrc/cuda/topk.cu
+    "merge_top_k_kernel": Budget(registers=48, shared=128),
+    "pair_scores_kernel": Budget(registers=48, wide_loads=False),
+    "row_norms_kernel": Budget(registers=40, wide_loads=False),
 }
