@@ -21,7 +21,7 @@ from fastreid_vi.evaluation.nearest import Metric, Nearest, nearest, row_norms
 from fastreid_vi.evaluation.positions import cores, stays_on_device
 
 QUERIES: Final = 2048  # multiplied at once with
-COLUMNS: Final = 1024  # gallery rows: the products stay in the cache
+COLUMNS: Final = 2048  # gallery rows: the products stay in the cache
 # Rows of a part: the longer, the fewer need a score.
 IN_PLACE: Final = 2**17  # where they can be read again
 COPIED: Final = 2**13  # converted or fetched, with
