@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -184,8 +183,9 @@ def check_equal(steps: dict[str, Callable[[], Any]]) -> None:
     """Products that differ in the last bit exchange a neighbour at the cut here and there."""
     ours = steps["ours"]()
     for peer in ("dense", "tuned"):
-        off = np.abs(ours - steps[peer]()) > 2e-6
-        assert off.mean() < 0.01, f"{peer}: {off.mean():.2%} of the distances differ"
+        off = np.abs(ours - steps[peer]())
+        assert (off > 2e-6).mean() < 0.05, f"{peer}: {(off > 2e-6).mean():.2%} differ"
+        assert off.mean() < 2e-6, f"{peer}: differs by {off.mean():.2g} on average"
 
 
 def extra_memory(name: str, peer: str) -> int:
@@ -206,22 +206,33 @@ def alone(name: str, peer: str) -> dict[str, Any]:
     return found
 
 
+def resident(field: str) -> int:
+    """Bytes, of Linux's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def main(name: str, peer: str = "ours") -> None:
     data = planted()
     step = cases(data, name)[peer]
     small = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
     k_reciprocal_rerank(small, small)  # loads the compiled room and the product's threads
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # forget how large the process has been
+    before = resident("VmRSS")
+    began, busy = time.perf_counter(), time.process_time()
     step()
-    seconds = time.perf_counter() - began
-    extra = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    extra = resident("VmHWM") - before
     told = {
         "masked": lambda: rerank_memory(3803, 301, 2048, neighbors="queries"),
         "spectral": lambda: rerank_memory(3803, 301, 2048, spectra=SPECTRA),
     }.get(name, lambda: None)()
-    print(json.dumps({"seconds": seconds, "extra_bytes": extra, "told_bytes": told}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "cpu_seconds": busy, "extra_bytes": extra, "told_bytes": told}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@
 namespace fastreid_vi::retrieval {
 namespace {
 
-constexpr std::int64_t kTurn = 16;
+// Queries of a turn. They stand beside each other in memory, so that one pass over a column of the
+// gallery serves all of them: neighbouring queries tend to show one person and share columns.
+constexpr std::int64_t kLanes = 16;
+// Rows of the gallery whose sums stay in the first cache.
+constexpr std::int64_t kGalleryRows = 512;
+// Added up by vector instructions; compilers do not see through the loop.
+using Lanes [[gnu::vector_size(4 * kLanes), gnu::aligned(4), gnu::may_alias]] = float;
 
 // One thread's row of V', dense between being added up and being read.
 class Average {
@@ -112,19 +118,75 @@ Inverted invert(const TrialShape& shape, const TrialInput& in, std::vector<Avera
   return inverted;
 }
 
-// J of all sets of the gallery, added up per image: sums[g] = sum over sets of 1 - S / (2 - S).
+// overlaps[row] += min(values, entry) for the entries before row `end`, all queries of a turn at
+// once; returns the first entry after them.
+FASTREID_VI_CLONES const Inverted::Entry* add_column(const Inverted::Entry* entry,
+                                                     const Inverted::Entry* last, std::int32_t end,
+                                                     const float* values, float* overlaps) {
+  const Lanes own = *reinterpret_cast<const Lanes*>(values);
+  for (; entry != last && entry->row < end; ++entry) {
+    Lanes& overlap = *reinterpret_cast<Lanes*>(overlaps + entry->row * kLanes);
+    const Lanes limit = entry->value - Lanes{};
+    overlap += own < limit ? own : limit;
+  }
+  return entry;
+}
+
+// J of all sets of the gallery, added up per image: sums = sum over sets of 1 - S / (2 - S).
 // Leaves the overlaps zero.
 FASTREID_VI_CLONES void add_jaccard(float* overlaps, std::int64_t sets, std::int64_t images,
                                     float* sums) {
+  const std::int64_t size = images * kLanes;
+  std::fill_n(sums, size, 0.0F);
   for (std::int64_t set = 0; set < sets; ++set) {
-    float* overlap = overlaps + set * images;
-    for (std::int64_t g = 0; g < images; ++g) {
-      const float s = overlap[g] > 1.0F ? 1.0F : overlap[g];  // beyond 1 lies rounding only
-      overlap[g] = 0;
-      sums[g] += 1.0F - s / (2.0F - s);
+    float* overlap = overlaps + set * size;
+    for (std::int64_t k = 0; k < size; ++k) {
+      const float s = overlap[k] > 1.0F ? 1.0F : overlap[k];  // beyond 1 lies rounding only
+      overlap[k] = 0;
+      sums[k] += 1.0F - s / (2.0F - s);
     }
   }
 }
+
+// What one thread writes on.
+struct Scratch {
+  Scratch(std::int64_t rows, std::int64_t images, std::int64_t gallery_sets)
+      : values(rows * kLanes),
+        overlaps(images * gallery_sets * kLanes),
+        sums(images * kLanes),
+        touched(rows),
+        next(rows) {
+    columns.reserve(rows);
+  }
+
+  std::vector<float> values;                 // [rows, kLanes] V' of the turn's queries
+  std::vector<float> overlaps;               // [gallery rows, kLanes] S, zero between turns
+  std::vector<float> sums;                   // [images, kLanes]
+  ColumnSet touched;                         // columns of `values` that are not all zero
+  std::vector<std::int32_t> columns;         // the same as a list
+  std::vector<const Inverted::Entry*> next;  // [rows] entries of a column that are still to come
+
+  // S of the turn's queries and all gallery rows, some rows at a time; every sum runs over
+  // ascending columns. Leaves `values` zero.
+  void add_overlaps(const Inverted& inverted, std::int64_t gallery_rows) {
+    columns.clear();
+    touched.drain([&](std::int32_t column) {
+      columns.push_back(column);
+      next[column] = inverted.entries.data() + inverted.offsets[column];
+    });
+    for (std::int64_t begin = 0; begin < gallery_rows; begin += kGalleryRows) {
+      const auto end = static_cast<std::int32_t>(std::min(begin + kGalleryRows, gallery_rows));
+      for (const std::int32_t column : columns) {
+        next[column] =
+            add_column(next[column], inverted.entries.data() + inverted.offsets[column + 1], end,
+                       values.data() + column * kLanes, overlaps.data());
+      }
+    }
+    for (const std::int32_t column : columns) {
+      std::fill_n(values.data() + column * kLanes, kLanes, 0.0F);
+    }
+  }
+};
 
 struct Mixture {
   float jaccard, scaled;  // factors of the sum of J and of the sum of distances
@@ -134,7 +196,7 @@ FASTREID_VI_CLONES void mix(const float* sums, const float* base, const std::int
                             std::int64_t images, Mixture factor, float* out) {
   for (std::int64_t g = 0; g < images; ++g) {
     const float d = base[columns[g]];
-    out[g] += factor.jaccard * sums[g] + factor.scaled * (d < 0 ? 0 : d);
+    out[g] += factor.jaccard * sums[g * kLanes] + factor.scaled * (d < 0 ? 0 : d);
   }
 }
 
@@ -165,33 +227,32 @@ void check(const TrialShape& shape, const TrialInput& in) {
 void fuse(const TrialShape& shape, const TrialInput& in, int threads, float* out) {
   check(shape, in);
   const std::int64_t images = std::ssize(in.columns), wanted = std::ssize(in.wanted);
-  const std::int64_t workers = workers_for(std::max(wanted, images), kTurn, threads);
+  const std::int64_t workers = workers_for(std::max(wanted, images), kLanes, threads);
   std::vector<Average> averages(workers, Average(shape, in));
   const Inverted inverted = invert(shape, in, averages);
 
-  std::vector<std::vector<float>> overlaps(workers,
-                                           std::vector<float>(images * shape.gallery_sets));
-  std::vector<std::vector<float>> sums(workers, std::vector<float>(images));
+  std::vector<Scratch> scratches(workers, Scratch(shape.rows, images, shape.gallery_sets));
   const auto mean = 1.0F / static_cast<float>(shape.query_sets * shape.gallery_sets);
-  take_turns(wanted, kTurn, workers, [&](std::int64_t w, std::int64_t begin, std::int64_t end) {
-    float* overlap = overlaps[w].data();
-    for (std::int64_t k = begin; k < end; ++k) {
-      float* row = out + k * images;
-      std::fill_n(row, images, 0.0F);
-      for (std::int64_t set = 0; set < shape.query_sets; ++set) {
-        const std::int64_t query = set * shape.query_images + in.wanted[k];
-        averages[w].values(query, [&](std::int32_t column, float value) {
-          const auto* entry = inverted.entries.data() + inverted.offsets[column];
-          const auto* last = inverted.entries.data() + inverted.offsets[column + 1];
-          for (; entry != last; ++entry) overlap[entry->row] += std::min(value, entry->value);
+  take_turns(wanted, kLanes, workers, [&](std::int64_t w, std::int64_t begin, std::int64_t end) {
+    Scratch& scratch = scratches[w];
+    std::fill(out + begin * images, out + end * images, 0.0F);
+    for (std::int64_t set = 0; set < shape.query_sets; ++set) {
+      const std::int64_t first = set * shape.query_images;
+      for (std::int64_t k = begin; k < end; ++k) {
+        averages[w].values(first + in.wanted[k], [&](std::int32_t column, float value) {
+          scratch.values[column * kLanes + (k - begin)] = value;
+          scratch.touched.insert(column);
         });
-        std::fill(sums[w].begin(), sums[w].end(), 0.0F);
-        add_jaccard(overlap, shape.gallery_sets, images, sums[w].data());
+      }
+      scratch.add_overlaps(inverted, images * shape.gallery_sets);
+      add_jaccard(scratch.overlaps.data(), shape.gallery_sets, images, scratch.sums.data());
+      for (std::int64_t k = begin; k < end; ++k) {
+        const std::int64_t query = first + in.wanted[k];
         const float m = in.maxima[query];
         const Mixture factor{(1.0F - shape.weight) * mean,
                              m > in.rounding[query] ? shape.weight * mean / m : 0.0F};
-        mix(sums[w].data(), in.base + query * shape.pool_images, in.columns.data(), images, factor,
-            row);
+        mix(scratch.sums.data() + (k - begin), in.base + query * shape.pool_images,
+            in.columns.data(), images, factor, out + k * images);
       }
     }
   });

@@ -209,6 +209,7 @@ def sparse_memory(shape: Shape, method: Method, threads: int, trial: int | None 
     members = min(members, sizes.rows)
     averaged = min(members * method.k2, sizes.rows)
     second = 12 * sizes.rows * (sizes.keep + members)
-    second += 8 * images * shape.gallery_sets * averaged + threads * 24 * sizes.rows
-    second += 4 * shape.queries * images + threads * 4 * images * (shape.gallery_sets + 1)
+    second += 8 * images * shape.gallery_sets * averaged + 4 * shape.queries * images
+    # A thread's turn of 16 queries: V' by columns, S by gallery rows, J by images.
+    second += threads * (96 * sizes.rows + 64 * images * (shape.gallery_sets + 1))
     return base + lists + 4 * shape.items + max(first, second)
