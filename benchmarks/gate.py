@@ -6,8 +6,9 @@
 
 Times of one machine say nothing about another, and not much about themselves an hour later; the
 ratio of two steps that took turns does. A row fails when its ratio is above the baseline's by more
-than its tolerance in every one of three measurements: twice the largest deviation that clean runs
-showed, at least 8 %. A row that would need more than 14 % is shown but not held to anything.
+than its tolerance in every one of three measurements: twice the deviation that at most one of the
+recorded clean runs exceeded, at least 8 %. A row that would need more than 14 % is shown but not
+held to anything.
 On a CPU one thread is measured, by the seconds that it computed: neighbours hardly matter.
 """
 
@@ -181,12 +182,15 @@ def measured(only: Sequence[str] = (), seconds: float = SECONDS) -> dict[str, fl
 
 
 def baseline_of(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Median ratio, largest deviation above it and tolerance of every row over clean runs."""
+    """Median ratio and tolerance of every row over clean runs.
+
+    One of them may have been disturbed: a check would have measured it again.
+    """
     rows = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
         middle = statistics.median(values)
-        above = max(values) / middle - 1
+        above = sorted(values)[-2:][0] / middle - 1
         tolerance = max(LEAST, 2 * above)
         rows[name] = {
             "ratio": round(middle, 4),
@@ -319,13 +323,19 @@ def _prove(path: Path, runs: int) -> int:
         fired = [v.name for v in verdicts if v.failed]
         clean.append({"fired": fired, "ratios": {v.name: round(v.ratio, 4) for v in verdicts}})
         print(f"clean run {i + 1} of {runs}: {fired or 'nothing fired'}", flush=True)
-    caught, missed = {}, []
+    caught: dict[str, dict[str, Any]] = {}
     for op in GATED:
         with slowed(op):
-            verdicts = [v for v in check(rows, [op]) if v.gated]
-        caught[op] = {v.name: round(v.ratio / v.baseline, 3) for v in verdicts if v.failed}
-        missed += [v.name for v in verdicts if not v.failed]
-        print(f"{op} slowed by 20 %: {len(caught[op])} of {len(verdicts)} rows fired", flush=True)
+            held = [v for v in check(rows, [op]) if v.gated]
+        caught[op] = {
+            v.name: {"change": round(v.ratio / v.baseline - 1, 3), "fired": v.failed} for v in held
+        }
+        fired_rows = sum(v.failed for v in held)
+        print(f"{op} slowed by 20 %: {fired_rows} of {len(held)} rows fired", flush=True)
+    # Part of a gradient may be computed outside its room: one row that fires is enough.
+    missed = [
+        op for op, held in caught.items() if held and not any(r["fired"] for r in held.values())
+    ]
     fired = sum(bool(run["fired"]) for run in clean)
     _save(path.with_suffix(".proof.json"), {
         **header(), "command": "python -m benchmarks.gate prove", "baseline": path.name,
