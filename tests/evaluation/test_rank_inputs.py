@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import fastreid_vi
-from fastreid_vi.evaluation import PerQuery, RankMetrics, positions, rank_metrics
+from fastreid_vi.evaluation import PerQuery, RankMetrics, positions, rank_metrics, ranking
 
 
 def problem(dtype: Any = np.float32) -> dict[str, Any]:
@@ -89,6 +90,22 @@ def test_dtypes_of_distances(room: str, dtype: str) -> None:
     given = problem()
     whole = np.round(given["distance"] * 15 + 60)
     assert equal(run({**given, "distance": whole.astype(dtype)}), run({**given, "distance": whole}))
+
+
+def test_mapped_half_precision_is_converted_by_rows(
+    room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem()
+    np.save(tmp_path / "d.npy", given["distance"].astype(np.float16))
+    mapped = np.load(tmp_path / "d.npy", mmap_mode="r")
+    whole = run({**given, "distance": np.array(mapped, np.float32)})
+    for size in (1, 100, 149):
+        monkeypatch.setattr(ranking, "CONVERTED", size)
+        assert equal(run({**given, "distance": mapped}), whole)
+    broken = np.array(mapped)
+    broken[7, 3] = np.nan
+    with pytest.raises(ValueError, match=r"NaN for query 7 \(column 3\)"):
+        run({**given, "distance": broken})
 
 
 @pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "i4", "u4", "i8", "u8", ">i4"])
