@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.clock import TINY, rounds_for
+from benchmarks.clock import TINY, host_seconds
 from benchmarks.conftest import DEVICE, GPU
 from benchmarks.counts import counts
 from benchmarks.memory import extra_memory
@@ -46,13 +46,12 @@ def bench_training_step(benchmark: Any, name: str, form: str) -> None:
             if GPU:
                 torch.cuda.synchronize()
 
-        rounds = 20 if GPU else rounds_for(finished, BUDGET)
+        rounds = 20 if GPU else max(2, min(20, int(BUDGET / host_seconds(finished))))
         benchmark.pedantic(finished, rounds=rounds, warmup_rounds=5 if GPU else 0)
-        benchmark.extra_info.update(
-            images_per_second=step.images / benchmark.stats.stats.median,
-            extra_memory=extra_memory(step.run),
-            **counts(step.run),
-        )
+        found: dict[str, Any] = {}
+        memory = extra_memory(lambda: found.update(counts(step.run)))
+        per_second = step.images / benchmark.stats.stats.median
+        benchmark.extra_info.update(images_per_second=per_second, extra_memory=memory, **found)
 
 
 @functools.cache

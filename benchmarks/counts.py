@@ -40,8 +40,7 @@ def _by_mask(name: str, args: Any) -> bool:
 
 
 def dispatched(step: Step) -> tuple[int, int]:
-    """Ops that reach a backend, and those among them that hand numbers to the host."""
-    step()
+    """Ops of a warm step that reach a backend, and those that hand numbers to the host."""
     with _Counter() as counter:
         step()
     return counter.ops, counter.waits
@@ -51,7 +50,6 @@ def launches(step: Step) -> int | None:
     """Kernels, fills and copies that a warm step starts; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    step()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
@@ -61,10 +59,9 @@ def launches(step: Step) -> int | None:
 
 
 def waits(step: Step) -> int | None:
-    """How often PyTorch says that a step waits for the device; None without a GPU."""
+    """How often PyTorch says that a warm step waits for the device; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    step()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -77,7 +74,7 @@ def waits(step: Step) -> int | None:
 
 
 def counts(step: Step) -> dict[str, int | None]:
-    """`dispatched` ops, `waits` and `launches` of a step.
+    """`dispatched` ops, `waits` and `launches` of a step that has run before.
 
     Without a GPU, waits are those of the ops that would make one wait, and launches are None.
     """

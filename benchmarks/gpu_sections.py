@@ -119,6 +119,7 @@ def counted(task: Task) -> Found:
     """Dispatched ops, waits and launches of a training step of each op."""
 
     def measure(step: Any, work: Workload, mode: str, precision: str) -> dict[str, Any]:
+        step()
         return dict(counts(step))
 
     yield from rows_of(task, measure, peers=OURS | PLAIN, modes=("training",))
