@@ -20,17 +20,19 @@ from fastreid_vi.evaluation import device_ops
 from fastreid_vi.evaluation.arrays import Dense, Int, on_device
 from fastreid_vi.evaluation.nearest import Metric
 from fastreid_vi.evaluation.positions import Labels, Ranks
+from fastreid_vi.evaluation.search import Rows
 
 ROWS: Final = 2**17  # of the gallery, searched together
 QUERIES: Final = 4096  # multiplied at once
 PRODUCTS: Final = 2**25  # in memory at one time
 PAIRS: Final = 2**22  # scored at one time where nothing can be discarded
 MARGIN: Final = 32  # candidates beyond k, at least
+_DTYPES: Final = {4: torch.float32, 8: torch.float64}
 
 
 def tensor_of(name: str, value: Any, shape: str) -> Tensor:
     """A matrix on a device, without a copy: half precisions as float32, integers as float64."""
-    tensor = value.detach() if isinstance(value, Tensor) else torch.utils.dlpack.from_dlpack(value)
+    tensor = _tensor(value)
     described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise TypeError(f"{name}: expected real numbers {shape}, got {described}")
@@ -38,6 +40,13 @@ def tensor_of(name: str, value: Any, shape: str) -> Tensor:
         raise ValueError(f"{name}: expected shape {shape}, got {described}")
     single = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.float32 if single else torch.float64)
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    shared: Tensor = torch.utils.dlpack.from_dlpack(value)
+    return shared
 
 
 def like(reference: Any, tensor: Tensor) -> Any:
@@ -118,24 +127,20 @@ class _Part(NamedTuple):
     first: int
 
 
-def search(
-    query: Any, gallery: Any, rows: Any, k: int, metric: Metric, block: int | None
-) -> tuple[Any, Any]:
-    """`search` of a query on a device; `rows` reads the gallery if that lies elsewhere."""
+def search(query: Any, gallery: Any, k: int, metric: Metric, block: int | None) -> tuple[Any, Any]:
+    """`search` of a query on a device; the gallery may be there or anywhere else."""
     queries = tensor_of("query", query, "[Q, D]")
     if 0 in queries.shape:
         raise ValueError(f"query: expected at least one row and column, got {list(queries.shape)}")
+    there = on_device(gallery)
+    rows = Rows(_tensor(gallery) if there else gallery)
     rows.check(queries.shape[1], k)
-    if on_device(gallery):
-        there = tensor_of("gallery", gallery[:0], "[G, D]").dtype
-    else:
-        there = torch.from_numpy(np.zeros(0, rows.dtype)).dtype
-    queries = queries.to(torch.promote_types(queries.dtype, there))
+    queries = queries.to(torch.promote_types(queries.dtype, _DTYPES[rows.dtype.itemsize]))
     norms = _finite_norms("query", queries, 0)
     chunks = [slice(i, i + QUERIES) for i in range(0, len(queries), QUERIES)]
     best = [_Best.none(queries[some]) for some in chunks]
-    with _full_precision():
-        for part in _parts(gallery, rows, queries, block or ROWS):
+    with full_precision():
+        for part in _parts(_tensor(gallery) if there else rows, queries, block or ROWS):
             for i, some in enumerate(chunks):
                 best[i] = _nearer(best[i], queries[some], norms[some], part, k, metric)
     keys, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
@@ -143,15 +148,13 @@ def search(
     return like(query, scores), like(query, indices)
 
 
-def _parts(gallery: Any, rows: Any, queries: Tensor, step: int) -> Iterator[_Part]:
-    there = on_device(gallery)
-    for first in range(0, len(rows), step):
-        if there:
+def _parts(gallery: Tensor | Rows, queries: Tensor, step: int) -> Iterator[_Part]:
+    for first in range(0, len(gallery), step):
+        if isinstance(gallery, Tensor):
             part = tensor_of("gallery", gallery[first : first + step], "[G, D]")
         else:
-            part = torch.from_numpy(
-                np.ascontiguousarray(rows.read(first, first + step, rows.dtype))
-            )
+            rows = gallery.read(first, first + step, gallery.dtype)
+            part = torch.from_numpy(np.require(rows, requirements=["C", "W"]))
         part = part.to(queries)
         yield _Part(part, _finite_norms("gallery", part, first), first)
 
@@ -256,7 +259,7 @@ def _slack(metric: Metric, norm: Tensor, norms: Tensor, dim: int, dtype: torch.d
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Products of float32 in float32, not TF32, which has 10 bits."""
     matmul: Any = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -17,7 +18,7 @@ from fastreid_vi.evaluation.galleries import (
     galleries_of,
     ids_and_cams,
 )
-from fastreid_vi.evaluation.positions import CameraRule, Ranks, make_labels
+from fastreid_vi.evaluation.positions import CameraRule, Ranks, make_labels, stays_on_device
 from fastreid_vi.evaluation.products import Metric, rank_product
 from fastreid_vi.evaluation.ranking import (
     PROTOCOLS,
@@ -85,7 +86,8 @@ def evaluate_sysu(
     The inputs are left as they are.
 
     Args:
-        query: images of cameras 3 and 6; `paths` are not needed.
+        query: images of cameras 3 and 6; `paths` are not needed. With features on a CUDA device the
+            products and the ranking are made there.
         gallery: the whole pool of cameras 1, 2, 4, 5, with `paths`.
         permutations: (camera, pid) -> [`trials` or more, m] image numbers, of which a trial takes
             the first `shots`; or "random", single-shot: one image of each person and camera drawn
@@ -239,6 +241,12 @@ def rank_galleries(
         )
     used = np.unique(np.concatenate(galleries))
     labels = make_labels(ids, cams, pool_ids[used], pool_cams[used], options.camera_rule)
+    if stays_on_device(query.features):
+        device = importlib.import_module("fastreid_vi.evaluation.device_products")
+        ranks: Ranks = device.rank_product(
+            query, gallery, used, labels, galleries, options.metric, normalize=options.normalize
+        )
+        return ranks
     return rank_product(
         Features("query", query, normalize=options.normalize),
         Features("gallery", gallery, normalize=options.normalize),

@@ -87,7 +87,7 @@ def search(
             at_least_one(name, value)
     if stays_on_device(query):
         device = importlib.import_module("fastreid_vi.evaluation.device")
-        return SearchResult(*device.search(query, gallery, Rows(gallery), k, metric, block))
+        return SearchResult(*device.search(query, gallery, k, metric, block))
     queries, rows = real_matrix("query", query, "[Q, D]"), Rows(gallery)
     if not queries.size:
         raise ValueError(f"query: expected at least one row and column, got {list(queries.shape)}")

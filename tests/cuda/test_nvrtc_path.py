@@ -19,6 +19,7 @@ import torch
 
 import fastreid_vi
 from fastreid_vi import _dispatch, _doctor, nvrtc, ops
+from fastreid_vi.evaluation import device_ops  # noqa: F401  fills the table
 from fastreid_vi.nvrtc import compiler, pool
 from fastreid_vi.nvrtc.kernel import Kernel
 from tests.cuda import toolkit

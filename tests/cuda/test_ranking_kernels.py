@@ -13,7 +13,7 @@ import torch
 
 import fastreid_vi
 from fastreid_vi import _dispatch
-from fastreid_vi.evaluation import device, positions, rank_metrics, ranking
+from fastreid_vi.evaluation import device, device_products, positions, rank_metrics, ranking
 from fastreid_vi.evaluation.positions import Labels, Ranks, make_labels, rank_rows
 from tests.conftest import golden
 from tests.cuda import emulator
@@ -313,7 +313,7 @@ def on_emulated_device(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("rank_rows", "merge_top_k", "pair_scores", "row_norms"):
         monkeypatch.setitem(_dispatch.OPS[name]._found, "cuda", getattr(emulated, name))
     monkeypatch.delitem(_dispatch._KEY, "cuda")
-    for module in (positions, device):
+    for module in (positions, device, device_products):
         monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
 
 

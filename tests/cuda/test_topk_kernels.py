@@ -316,7 +316,7 @@ def test_reduced_products_are_switched_off_and_back(monkeypatch: pytest.MonkeyPa
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
-        with device._full_precision():
+        with device.full_precision():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
