@@ -248,6 +248,8 @@ class TestCharts:
 
 def test_the_readme_holds_what_the_records_generate() -> None:
     """Charts and tables beside the records too. After a new record: report.py --readme."""
+    if not any(records.latest(kind) for kind in ("cpu", "gpu")):
+        pytest.skip("no record is committed")
     for path, text in readme.files().items():
         assert path.exists(), f"{path} is missing: python benchmarks/report.py --readme"
         assert path.read_text() == text, f"{path.name}: python benchmarks/report.py --readme"
