@@ -21,6 +21,7 @@ using torch::stable::Tensor;
 namespace rows = fastreid_vi::augment;
 
 constexpr int64_t kBand = 32;  // result rows that a thread takes at a time
+constexpr int64_t kAhead = 2;  // rows that are fetched before a mirrored one is read
 
 enum Kind : int64_t { kNone, kHue, kGray, kCutmix, kJitter, kChannel, kAverage, kKinds };
 
@@ -107,6 +108,13 @@ class Images {
       }
     }
     return scratch.row(0);
+  }
+
+  // Asks for a row: the processor does not guess rows that are read from their end.
+  void fetch(int64_t image, int64_t y) const {
+    if (y >= size_.height || tensor_.stride(2) != 3) return;
+    const Byte* start = data_ + image * tensor_.stride(0) + y * tensor_.stride(1);
+    for (int64_t at = 0; at < 3 * size_.width; at += 64) __builtin_prefetch(start + at);
   }
 
  private:
@@ -209,6 +217,7 @@ void fill_row(const Images& images, const Slot& slot, int64_t y, Scratch& scratc
     Row row = shown(images, slot, from, scratch);
     const int64_t first = body.begin + slot.left;
     if (slot.flip) {
+      images.fetch(slot.source, from + kAhead);
       row = row.from(width - 1 - first);
       row.step = -row.step;
     } else {
