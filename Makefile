@@ -51,8 +51,8 @@ lint: $(VENV)/.test
 # Every row, then the table; the file can be kept: python benchmarks/report.py --keep FILE, then --readme.
 bench: $(VENV)/.test
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json
+	$(BIN)/python -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json; \
+	  status=$$?; $(BIN)/python benchmarks/report.py $(RESULTS)/cpu.json && exit $$status
 
 # Ratios against tidy eager PyTorch, held to benchmarks/baselines/<class>.json.
 bench-check: $(VENV)/.test
