@@ -125,7 +125,8 @@ class DataConfig:
     normalize: Literal["imagenet", "symmetric"] = "imagenet"
     """Pixel values after the transform: ImageNet's mean and deviation, or -1 to 1 (AlignGAN)."""
     workers: int = 2
-    """Loader processes; 0 loads in the training process. Batches do not depend on it."""
+    """Loader processes, or threads with `packed`; 0 loads in the training process's own thread.
+    Batches do not depend on it."""
     cache: bool = False
     """Keep decoded and resized uint8 images in memory; of no use with `packed`."""
     packed: str = ""

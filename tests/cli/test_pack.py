@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastreid_vi.data import Pack, SysuMM01
-from tests.cli.runs import SMALL, quietly
+from tests.cli.runs import SMALL, python, quietly
 
 SIZE = ["--data.height", "32", "--data.width", "16"]
 
@@ -41,6 +41,19 @@ def test_packing(call, tree: Path, tmp_path: Path) -> None:
     assert (result["decoded"], again.code) == (0, 0)
     assert result["recipe_hash"] in said.out
     assert result["images"] == len(Pack(tmp_path / "p"))
+
+
+def test_packing_needs_no_torch(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    code = f"""
+import sys
+from fastreid_vi import cli
+assert cli.main("data pack {tree} --out {out} --recipe lba".split()) == 0
+assert cli.main("data pack --check {out}".split()) == 0
+sys.exit("torch" in sys.modules)
+"""
+    said = python(code)
+    assert said.returncode == 0, said.stderr
 
 
 def test_check(call, tree: Path, pack: Path, tmp_path: Path) -> None:
