@@ -74,8 +74,9 @@ def k_reciprocal_rerank(
     Spec: reranking. Golden: eval/rerank_single, eval/rerank_single_k10, eval/rerank_unit_norm,
         eval/rerank_edges. Backends: retrieval.
 
-    >>> k_reciprocal_rerank([[0.0], [1.0]], [[0.1], [0.9]], k1=1, k2=1).round(2).tolist()
-    [[0.0, 0.94], [0.94, 0.0]]
+    >>> k_reciprocal_rerank([[0.0], [1.0]], [[0.1], [0.9]], k1=1, k2=1).round(2)
+    array([[0.01, 0.94],
+           [0.94, 0.01]], dtype=float32)
     """
     method = make_method(k1, k2, weight, neighbors, expand)
     sets = feature_sets([("query", query), ("gallery", gallery)])

@@ -87,6 +87,10 @@ class MultiSpectral:
         self.method()
         if self.direction not in ("i2v", "v2i"):
             raise ValueError(f"direction: expected 'i2v', 'v2i', got {self.direction!r}")
+        if not hasattr(self.spectra, "__len__"):
+            raise TypeError(
+                f"spectra: expected feature sets [n, N, D], got {type(self.spectra).__name__}"
+            )
         if not len(self.spectra):
             raise ValueError("spectra: expected further feature sets of the visible side, got none")
 
