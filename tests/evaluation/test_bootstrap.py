@@ -191,6 +191,10 @@ def test_trials_of_different_queries() -> None:
     width = np.sqrt(np.sum([(one.high - one.low) ** 2 for one in alone])) / len(trials)
     assert found.R1.high - found.R1.low == pytest.approx(width, rel=0.15)
     assert found.R1.estimate == pytest.approx(np.mean([one.estimate for one in alone]))
+    # Draws of different trials have nothing in common, whatever their queries look like.
+    shared = bootstrap_interval([trials[0]] * 9).mAP
+    apart = bootstrap_interval([trials[0]] * 9, same_queries=False).mAP
+    assert apart.high - apart.low == pytest.approx((shared.high - shared.low) / 3, rel=0.15)
     ids = [np.arange(len(trial.valid)) // 5 for trial in trials]
     persons = bootstrap_interval(trials, same_queries=False, identities=ids)
     assert persons.R1.estimate == found.R1.estimate

@@ -18,6 +18,7 @@ import fastreid_vi
 from fastreid_vi.evaluation import (
     Embeddings,
     Evaluation,
+    camera_matrix,
     evaluate_llcm,
     evaluate_regdb,
     evaluate_sysu,
@@ -127,6 +128,21 @@ def test_galleries_share_the_blocks(counted: list[int], data: Data, rule: Any) -
     with pytest.MonkeyPatch.context() as patch:
         tiny(patch, 300, 100)
         assert same(evaluate_sysu(*data, trials=3, per_query=True, **options), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gallery_order_decides_ties(counted: list[int], rule: Any) -> None:
+    """Galleries in an order of their own, with many equal distances."""
+    query, gallery = some(5, 40, 2, dim=2), some(6, 120, 2, dim=2)
+    galleries = [np.random.default_rng(t).permutation(120)[:90] for t in range(4)]
+    options = {"galleries": galleries, "camera_rule": rule, **RAW}
+    found = camera_matrix(query, gallery, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "MEMORY_BYTES", 2**62)
+        expected = camera_matrix(query, gallery, **options)
+    assert counted
+    for a, b in zip(found[:-1], expected[:-1], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_protocols(counted: list[int], data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
