@@ -17,6 +17,7 @@ from fastreid_vi.certify import (
     method_lba,
     method_mcja,
     method_mpanet,
+    op_augment,
     op_matching,
     op_norm,
     op_pool,
@@ -30,7 +31,7 @@ from fastreid_vi.certify.runner import Row, Selection, Task, op_tasks, procedure
 from fastreid_vi.certify.vectors import Golden, GoldenError, find
 
 FAMILIES: tuple[Cases, ...] = tuple(
-    family.cases for family in (op_pool, op_norm, op_matching, op_triplet, op_softrank)
+    family.cases for family in (op_pool, op_norm, op_matching, op_triplet, op_softrank, op_augment)
 )
 PROCEDURES: tuple[Callable[[], Iterable[Procedure]], ...] = tuple(
     part.procedures

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastreid_vi.augment.draws import Draws
 from fastreid_vi.certify.cases import Check, Procedure, Want, compare, exact
 from fastreid_vi.certify.vectors import Array, Golden
 from fastreid_vi.config import DataConfig
 from fastreid_vi.data import spectrum
-from fastreid_vi.data.transform import Draws, augment
+from fastreid_vi.data.transform import augment
 
 
 def procedures() -> Iterator[Procedure]:
