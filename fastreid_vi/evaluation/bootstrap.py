@@ -81,6 +81,8 @@ def bootstrap_interval(
     at_least_one("samples", samples)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected a whole number >= 0, got {seed!r}")
+    if not isinstance(level, float | int | np.floating):
+        raise TypeError(f"level: expected a number, got {type(level).__name__}")
     if not 0 < level < 1:
         raise ValueError(f"level: expected more than 0 and less than 1, got {level}")
     trials = _trials(results)
@@ -110,7 +112,13 @@ def bootstrap_interval(
 def _trials(results: Evaluation | RankMetrics | Sequence[RankMetrics]) -> list[RankMetrics]:
     if isinstance(results, RankMetrics):
         return [results]
-    return list(results.trials if isinstance(results, Evaluation) else results)
+    if isinstance(results, Evaluation):
+        return results.trials
+    if not isinstance(results, Sequence):
+        raise TypeError(
+            f"results: expected an Evaluation or RankMetrics, got {type(results).__name__}"
+        )
+    return list(results)
 
 
 def _groups(trials: list[RankMetrics], identities: Any, same_queries: bool) -> list[Double]:

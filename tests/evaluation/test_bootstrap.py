@@ -222,6 +222,7 @@ def test_of_a_protocol(data: Data) -> None:
     [
         ({"level": 0}, ValueError, "level: expected more than 0 and less than 1, got 0"),
         ({"level": 95}, ValueError, "level: expected more than 0 and less than 1, got 95"),
+        ({"level": "95 %"}, TypeError, "level: expected a number, got str"),
         ({"samples": 0}, ValueError, "samples: expected >= 1, got 0"),
         ({"samples": 10.0}, TypeError, "samples: expected an integer, got float"),
         ({"seed": -1}, ValueError, "seed: expected a whole number >= 0, got -1"),
@@ -250,3 +251,5 @@ def test_bad_results() -> None:
         bootstrap_interval([])
     with pytest.raises(TypeError, match="results: expected RankMetrics, got str"):
         bootstrap_interval(["x"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"results: expected an Evaluation .* got NoneType"):
+        bootstrap_interval(None)  # type: ignore[arg-type]
