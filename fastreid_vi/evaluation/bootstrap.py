@@ -114,11 +114,9 @@ def _trials(results: Evaluation | RankMetrics | Sequence[RankMetrics]) -> list[R
         return [results]
     if isinstance(results, Evaluation):
         return results.trials
-    if not isinstance(results, Sequence):
-        raise TypeError(
-            f"results: expected an Evaluation or RankMetrics, got {type(results).__name__}"
-        )
-    return list(results)
+    if isinstance(results, list | tuple):
+        return [*results]
+    raise TypeError(f"results: expected an Evaluation or RankMetrics, got {type(results).__name__}")
 
 
 def _groups(trials: list[RankMetrics], identities: Any, same_queries: bool) -> list[Double]:
