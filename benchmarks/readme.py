@@ -64,8 +64,9 @@ def _steps(path: Path, record: Record) -> Iterator[str]:
     yield (
         f"Whole training steps ({size}): bytes to the device, forward, losses, backward, "
         "optimiser. Multiples of our time; `overhead` is the step's time above that of the bare "
-        "backbone on the same images; `ops` (dispatched by PyTorch), `waits` (for the device) and "
-        "`launches`: ours, published formulation."
+        "backbone on the same images; `ops` (dispatched by PyTorch), `waits` (for the device; on a "
+        "CPU ops that would make one wait, its checks of labels among them) and `launches`: ours, "
+        "published formulation."
     )
     yield tables.steps_table(record)
     yield _charts(path, ("steps",))
