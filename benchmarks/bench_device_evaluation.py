@@ -74,7 +74,7 @@ def bench_sysu_table_on_a_gpu(benchmark: Any) -> None:
         {
             "sysu_table": lambda: sysu_table(left, right, permutations),
             "product": lambda: left.features @ right.features.T,
-            "product + sort": lambda: (left.features @ right.features.T).sort(1, stable=True),
+            "product + sort": lambda: (left.features @ right.features.T).sort(dim=1, stable=True),
         },
     )
 
