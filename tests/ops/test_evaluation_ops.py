@@ -8,6 +8,8 @@ equal bits. Their kernels: tests/cuda/test_ranking_kernels.py and test_topk_kern
 from __future__ import annotations
 
 import importlib
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import fastreid_vi
 from fastreid_vi._dispatch import OPS
-from fastreid_vi.evaluation import device, rank_metrics, search
+from fastreid_vi.evaluation import device, device_products, positions, rank_metrics, search
 from fastreid_vi.evaluation.positions import make_labels, rank_rows
 
 RULES = ("none", "location", "same_id_and_camera")
@@ -123,6 +125,63 @@ def test_numpy_arrays_and_cpu_tensors_stay_on_the_host(monkeypatch: pytest.Monke
     for kind in (distance, distance.numpy()):
         rank_metrics(kind, **given)
         search(kind, kind, 2)
+
+
+class Foreign:
+    """What an array of CuPy offers, on memory of the host; it is never fetched."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def __getitem__(self, key: Any) -> Foreign:
+        return Foreign(self.array[key])
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+    def get(self) -> np.ndarray:
+        raise AssertionError("copied to the host")
+
+
+class TestForeignArrays:
+    """CuPy in, CuPy out, by DLPack; the reference rooms compute."""
+
+    @pytest.fixture(autouse=True)
+    def _cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cupy = SimpleNamespace(ndarray=Foreign, from_dlpack=lambda t: Foreign(np.from_dlpack(t)))
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        for module in (positions, device, device_products):
+            monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, Foreign))
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_search(self, metric: Any) -> None:
+        query, gallery = seeded(4, 9).numpy(), seeded(60, 9).numpy()
+        expected = search(query, gallery, 7, metric=metric)
+        for there in (Foreign(gallery), gallery):
+            found = search(Foreign(query), there, 7, metric=metric, block=25)
+            assert isinstance(found.scores, Foreign)
+            assert np.array_equal(found.scores.array, expected.scores)
+            assert np.array_equal(found.indices.array, expected.indices)
+
+    def test_rank_metrics(self) -> None:
+        distance, given = seeded(9, 60, ties=True).numpy(), labelled(9, 60, 5)
+        found, expected = (rank_metrics(d, **given) for d in (Foreign(distance), distance))
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_memory_is_shared(self) -> None:
+        array = seeded(2, 3).numpy()
+        tensor = device.tensor_of("x", Foreign(array), "[a, b]")
+        assert tensor.data_ptr() == array.ctypes.data
+        assert device.like(Foreign(array), tensor).array.ctypes.data == array.ctypes.data
+
+    def test_the_hosts_room_where_it_is_asked_for(self) -> None:
+        assert not positions.stays_on_device(np.zeros(1))
+        assert positions.stays_on_device(Foreign(np.zeros(1)))
+        with fastreid_vi.backend("retrieval"):
+            assert not positions.stays_on_device(Foreign(np.zeros(1)))
 
 
 CUDA = pytest.mark.gpu
