@@ -17,37 +17,74 @@ PermutationTable: TypeAlias = Mapping[tuple[int, int], Any] | Literal["random"]
 GALLERY_CAMERAS: Final[dict[str, tuple[int, ...]]] = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
 
 
-class Embeddings(NamedTuple):
-    """Features of n images and what is known about the images."""
-
+class _Images(NamedTuple):
     features: Any
-    """[n, D] real numbers."""
     ids: Any
-    """[n] identities."""
     cams: Any = None
-    """[n] camera numbers."""
     paths: Any = None
-    """[n] paths; the file name of a gallery image is its number, as in cam1/0002/0001.jpg."""
+
+
+class Embeddings(_Images):
+    """Features of n images and what is known about them; a tuple of the first four.
+
+    Attributes:
+        features: [n, D] real numbers.
+        ids: [n] identities.
+        cams: [n] camera numbers.
+        paths: [n] paths; the file name of a gallery image is its number: cam1/0002/0001.jpg.
+        modality: [n] 0 visible, 1 infrared.
+        normalized: the rows are unit vectors.
+        method: name of the method that embedded.
+        checkpoint: SHA-256 of its weights file.
+        dataset: data set whose protocol tests them: "sysu", "regdb" or "llcm".
+        trial: of RegDB, 1 to 10.
+        root: folder that the paths are relative to.
+        permutations: SYSU-MM01's galleries, as for `evaluate_sysu`.
+        spectra: further feature sets of the same images, for MSER: "r", "g", "b" -> [n, D].
+        details: what else is known, JSON: the weights' path, epoch and step, versions.
+    """
+
     modality: Any = None
-    """[n] 0 visible, 1 infrared."""
     normalized: bool | None = None
-    """The rows are unit vectors."""
     method: str | None = None
-    """Name of the method that embedded."""
     checkpoint: str | None = None
-    """SHA-256 of its weights file."""
     dataset: str | None = None
-    """Data set whose protocol tests them: "sysu", "regdb" or "llcm"."""
     trial: int | None = None
-    """Of RegDB, 1 to 10."""
     root: str | None = None
-    """Folder that the paths are relative to."""
     permutations: Any = None
-    """SYSU-MM01's galleries, as for `evaluate_sysu`: (camera, pid) -> [trials, m] image numbers."""
     spectra: Mapping[str, Any] | None = None
-    """Further feature sets of the same images, for MSER: "r", "g", "b" -> [n, D]."""
     details: Mapping[str, Any] | None = None
-    """What else is known, JSON: the weights' path, epoch and step, versions."""
+
+    def __new__(
+        cls,
+        features: Any,
+        ids: Any,
+        cams: Any = None,
+        paths: Any = None,
+        modality: Any = None,
+        normalized: bool | None = None,
+        method: str | None = None,
+        checkpoint: str | None = None,
+        dataset: str | None = None,
+        trial: int | None = None,
+        root: str | None = None,
+        permutations: Any = None,
+        spectra: Mapping[str, Any] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> Embeddings:
+        """Four fields of a tuple and, beside them, the other attributes."""
+        known = {name: value for name, value in locals().items() if name in FACTS}
+        self = super().__new__(cls, features, ids, cams, paths)
+        self.__dict__.update(known)
+        return self
+
+    def _replace(self, **changes: Any) -> Embeddings:
+        """The same with other fields or attributes."""
+        return Embeddings(**{**self._asdict(), **self.__dict__, **changes})
+
+
+FACTS: Final = tuple(Embeddings.__annotations__)
+"""Attributes of `Embeddings` beside its four fields."""
 
 
 def ids_and_cams(name: str, images: Embeddings) -> tuple[Int, Int]:
