@@ -15,6 +15,7 @@ On a CPU one thread is measured, by the seconds that it computed: neighbours har
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -163,12 +164,24 @@ def pairs(only: Sequence[str] = ()) -> Iterator[Pair]:
         raise LookupError(f"gated rows that no benchmark has: {sorted(missing)}")
 
 
+def keep_memory() -> None:
+    """Large tensors out of memory that was used before, where the C library is glibc.
+
+    Else some processes get fresh pages for each of them and others do not: ratios of two kinds.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
+
+
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """One thread on a CPU."""
+    """One thread on a CPU, and memory that stays."""
     before = torch.get_num_threads()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+        keep_memory()
     try:
         yield
     finally:
