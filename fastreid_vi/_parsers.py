@@ -24,7 +24,7 @@ NORM = "batch statistics of each process alone or of all together, under torchru
 
 PACK = 'take images from this pack ("agw": AGW\'s arrays in DIR; "none": read the files)'
 
-EVALUATED = "run folder, checkpoint folder, weights file, or a folder of saved embeddings"
+EVALUATED = "run, checkpoint or weights file, or saved embeddings; of several, the mean as well"
 
 RERANK = "auto: as the method's authors do on this data set, k-reciprocal for the others"
 
@@ -166,7 +166,7 @@ def _recipes() -> str:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help=EVALUATED)
+    add("run", type=Path, nargs="+", metavar="RUN", help=EVALUATED)
     add("--data-root", type=Path, metavar="DIR", help="data set, if not the one of the run")
     add("--recipe", metavar="R", help="run.json or recipe name, for weights outside a run folder")
     add("--trial", type=_count, metavar="N", help="trial of RegDB, 1 to 10: that of the run")

@@ -241,7 +241,7 @@ def rerank(
     if chosen is None:
         raise RerankError("--rerank none: expected auto, k-reciprocal or mser")
     console.note(
-        f"re-ranking {sizes[0]} x {sizes[1]} takes about {size_text(chosen.memory)} of memory"
+        f"re-ranking {sizes[0]} x {sizes[1]} takes at most {size_text(chosen.memory)} of memory"
     )
     began = time.perf_counter()
     with console.waiting("re-ranking"):

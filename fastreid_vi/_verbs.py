@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
 from fastreid_vi._console import Console
 from fastreid_vi._parsers import PROGRAM
@@ -12,7 +13,24 @@ OK = 0
 
 
 def evaluate(args: argparse.Namespace, console: Console) -> int:
-    """Print the protocol's table."""
+    """Print the protocol's table of every run, and their mean."""
+    from fastreid_vi import _averages
+
+    if len(args.run) > 1 and args.out is not None:
+        args.parser.error("--out: one folder cannot keep the results of several runs")
+    results = [
+        _evaluate_one(argparse.Namespace(**{**vars(args), "run": run}), console) for run in args.run
+    ]
+    if len(results) == 1:
+        console.result(results[0])
+        return OK
+    mean = _averages.averaged(results)
+    console.say(_averages.text(mean))
+    console.result({"mean": mean, "runs": results})
+    return OK
+
+
+def _evaluate_one(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from fastreid_vi import _rerank, _score
     from fastreid_vi.evaluation.embeddings import find_sides
 
@@ -30,7 +48,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     if folder is not None:
         _score.keep(folder, query, gallery, result)
     if reranking is not None:
-        console.note(f"re-ranking takes about {_rerank.size_text(reranking.memory)} of memory")
+        console.note(f"re-ranking takes at most {_rerank.size_text(reranking.memory)} of memory")
         with console.waiting("re-ranking galleries") as show:
             result = _score.add_reranked(result, query, gallery, reranking, show)
         console.say(reranking.text())
@@ -39,8 +57,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
             _score.keep_result(folder, result)
     if folder is not None:
         console.say(f"kept in {folder}: result.json, embeddings/")
-    console.result(result)
-    return OK
+    return result
 
 
 def embed(args: argparse.Namespace, console: Console) -> int:

@@ -64,6 +64,7 @@ MAY: dict[str, set[str]] = {
     "_rerank": {"_console", "_neighbors", "_score", "evaluation"},
     "_search": {"*"},
     "_verbs": {"*"},
+    "_averages": {"_score", "evaluation"},
     "_score": {"_console", "_rerank", "data", "evaluation"},
     "_pack": {"*"},
     "_convert": {"*"},

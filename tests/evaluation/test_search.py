@@ -74,7 +74,9 @@ whole = st.integers(-2, 2)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", ["inner", "euclidean"])
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_ties_go_by_gallery_index(room: str, metric: Any, dtype: Any, data: Any) -> None:
     queries, images, dim = (data.draw(st.integers(1, most)) for most in (4, 90, 5))
@@ -91,7 +93,9 @@ def test_ties_go_by_gallery_index(room: str, metric: Any, dtype: Any, data: Any)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 2**32 - 1),
     queries=st.integers(1, 5),
