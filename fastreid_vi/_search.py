@@ -14,7 +14,7 @@ from fastreid_vi import _neighbors
 from fastreid_vi._neighbors import Neighbors
 from fastreid_vi.evaluation import Embeddings, load_embeddings
 from fastreid_vi.evaluation.embeddings import find_sides
-from fastreid_vi.evaluation.search import search as nearest
+from fastreid_vi.evaluation.exact_search import search as nearest
 
 if TYPE_CHECKING:
     from fastreid_vi._console import Console

@@ -21,7 +21,7 @@ from fastreid_vi.evaluation.rerank import (
     rerank_memory,
 )
 from fastreid_vi.evaluation.reranked import KReciprocal, MultiSpectral
-from fastreid_vi.evaluation.search import SearchResult, search
+from fastreid_vi.evaluation.exact_search import SearchResult, search
 from fastreid_vi.evaluation.sharded import sharded_search
 
 __all__ = [

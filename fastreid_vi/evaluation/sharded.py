@@ -17,7 +17,7 @@ from fastreid_vi.evaluation.arrays import (
     to_numpy,
 )
 from fastreid_vi.evaluation.nearest import Metric
-from fastreid_vi.evaluation.search import SearchResult, search
+from fastreid_vi.evaluation.exact_search import SearchResult, search
 
 
 class _Part(NamedTuple):
