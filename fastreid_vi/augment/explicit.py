@@ -40,7 +40,7 @@ def weighted_grayscale(images: Tensor, weights: Tensor, *, rounding: Rounding = 
     >>> weighted_grayscale(image, torch.tensor([[0.5, 0.25, 0.25]])).tolist()
     [[[[55, 55, 55]]]]
 
-    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     weights = fused.floating("weights", weights, images, (3,)).double()
@@ -67,7 +67,8 @@ def channel_cutmix(images: Tensor, boxes: Tensor, channels: Tensor) -> Tensor:
     >>> channel_cutmix(image, torch.tensor([[0, 1, 9, 9]]), torch.tensor([[0, 2]])).tolist()
     [[[[1, 1, 1], [3, 3, 3]]]]
 
-    Spec: mcja 3.5 (Q1: the official axes of the boxes). Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5 (Q1: the official axes of the boxes). Golden: mcja/augment.
+    Backends: cpu, triton.
     """
     fused.check_images(images)
     boxes = fused.integers("boxes", boxes, images, (4,))
@@ -100,7 +101,7 @@ def spectrum_jitter(
     >>> spectrum_jitter(image, torch.tensor([1]), torch.tensor([0.5])).tolist()
     [[[[60, 20, 10]]]]
 
-    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     channel = fused.integers("channel", channel, images, ())
@@ -129,7 +130,7 @@ def hue_jitter(images: Tensor, shift: Tensor) -> Tensor:
     >>> hue_jitter(red, torch.tensor([1 / 3])).tolist()
     [[[[0, 255, 0]]]]
 
-    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     hue = hue_steps(fused.floating("shift", shift, images, ()))
@@ -160,7 +161,7 @@ def channel_selection(images: Tensor, view: View, *, rounding: Rounding = "trunc
     >>> channel_selection(torch.tensor([[[[1, 2, 9]]]], dtype=torch.uint8), "g").tolist()
     [[[[2, 2, 2]]]]
 
-    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     _check_rounding(rounding)
@@ -179,7 +180,7 @@ def horizontal_flip(images: Tensor, flip: Tensor) -> Tensor:
     >>> horizontal_flip(image, torch.tensor([True]))[0, 0, :, 0].tolist()
     [2, 1]
 
-    Spec: mpanet 4. Golden: mcja/augment. Backends: cpu.
+    Spec: mpanet 4. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     fused.check_column("flip", flip, images.shape[0], torch.bool, (), images)
@@ -209,7 +210,7 @@ def pad_crop(
     >>> pad_crop(image, torch.tensor([0]), torch.tensor([1]), pad=1, value=7)[0, :, :, 0].tolist()
     [[7, 7], [1, 1]]
 
-    Spec: mpanet 4. Golden: mcja/augment. Backends: cpu.
+    Spec: mpanet 4. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     top = fused.integers("top", top, images, ())
@@ -258,7 +259,7 @@ def normalize(
     <BLANKLINE>
              [[1.]]]])
 
-    Spec: mpanet 4, aligngan 3.1. Golden: mcja/augment. Backends: cpu.
+    Spec: mpanet 4, aligngan 3.1. Golden: mcja/augment. Backends: cpu, triton.
     """
     fused.check_images(images)
     levels = level_table(mean, std).to(images.device)

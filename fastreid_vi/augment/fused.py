@@ -78,7 +78,7 @@ def augment(
     >>> augment(images, plan, dtype=torch.bfloat16).shape
     torch.Size([4, 3, 2, 2])
 
-    Spec: mcja 3.5, mpanet 4, lba 4, aligngan 3.1. Golden: mcja/augment. Backends: cpu.
+    Spec: mcja 3.5, mpanet 4, lba 4, aligngan 3.1. Golden: mcja/augment. Backends: cpu, triton.
     """
     check_images(images)
     _check_plan(plan, images)
@@ -108,10 +108,16 @@ def _augment_into(out: Tensor, *arguments: Any) -> Tensor:
     if not out.is_contiguous(memory_format=layout):
         raise ValueError(f"out: expected {layout}, got strides {out.stride()}")
     op = OPS["augment"]
-    if op.choose(*arguments) != "cpu":
+    room = op.choose(*arguments)
+    if room == "cpu":
+        getattr(torch.ops, NATIVE).augment_into(out, *arguments[:-2], columns)
+    elif room == "triton":
+        kernel: Any = op.room(room)
+        kernel(*arguments, out)
+    else:
         return out.copy_(_augment(*arguments))
-    getattr(torch.ops, NATIVE).augment_into(out, *arguments[:-2], columns)
-    _verify(out, *arguments)
+    if _checks.values_wanted(images.device.type):
+        _verify(out, *arguments)
     return out
 
 
@@ -261,6 +267,17 @@ def _fake(images: Tensor, source: Tensor, *rest: Any) -> Tensor:
     return images.new_empty(shape, dtype=dtype).contiguous(memory_format=layout)
 
 
+def _refuses(backend: str, images: Tensor, source: Tensor, *rest: Any) -> str | None:
+    if backend != "triton":
+        return None
+    count, (height, width) = source.shape[0], images.shape[1:3]
+    if 3 * height * width >= 2**31:  # places in an image are held in 32 bits
+        return f"images of {height} x {width} pixels are too large for it"
+    if 3 * count * (1 + height * width // 32) >= 2**31:  # more programs than a launch may have
+        return f"{count} slots of {height} x {width} pixels are too many for one launch"
+    return None
+
+
 _augment = register(
     "augment",
     "(Tensor images, Tensor source, Tensor flip, Tensor top, Tensor left, Tensor border,"
@@ -270,7 +287,8 @@ _augment = register(
     reference=augment_reference,
     fake=_fake,
     family="augment",
-    backends=("cpu",),
+    backends=("cpu", "triton"),
+    refuses=_refuses,
     verify=_verify,
     backward=refuse_gradient,
 )
