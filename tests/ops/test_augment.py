@@ -149,9 +149,10 @@ class TestOneTruth(InEveryRoom):
     SIZES = ((5, 7), (1, 1), (9, 16), (33, 67), (2, 130))
 
     def test_bytes_and_bits(self, room: str, dtype: torch.dtype) -> None:
-        for number, (height, width) in enumerate(self.SIZES):
+        slow = room == "triton" and device_of(room) == "cpu"  # its interpreter
+        for number, (height, width) in enumerate(self.SIZES[: 3 if slow else None]):
             images = pictures(6, height, width, number)
-            plan = any_plan(21, images, number, mix=room != "triton")
+            plan = any_plan(8 if slow else 21, images, number, mix=True)
             for layout in LAYOUTS:
                 for kind in (torch.uint8, dtype):
                     with watched("augment", room) as ran:
@@ -184,8 +185,7 @@ class TestOneTruth(InEveryRoom):
         {"normalize": "symmetric", "pad": 0, "flip": 1.0}, {"pad": 30, "pad_value": 3},
         {"visible_spectra": ("gray", "none", "hue"), "erase": 1.0}])  # fmt: skip
     def test_the_bits_of_the_folder_path(self, room: str, change: dict[str, Any]) -> None:
-        mix = 0.0 if room == "triton" else 0.3
-        config = dataclasses.replace(CONFIG, channel_mix=mix, **change)
+        config = dataclasses.replace(CONFIG, channel_mix=0.3, **change)
         images = pictures(30, 24, 12, 8)
         modality = np.arange(20) % 2
         source = np.random.default_rng(4).permutation(30)[:20]
@@ -222,7 +222,7 @@ class TestOneTruth(InEveryRoom):
 
     def test_threads_and_runs_give_the_same_bits(self, room: str) -> None:
         images = pictures(8, 70, 40)
-        plan = any_plan(28, images, 1, mix=room != "triton")
+        plan = any_plan(28, images, 1, mix=True)
         if room == "triton" and device_of(room) == "cpu":
             images, plan = images[:, :9, :11], plan.rows(torch.arange(7))
             plan = plan._replace(top=plan.top.clamp(-9, 9), left=plan.left.clamp(-11, 11))

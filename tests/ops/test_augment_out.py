@@ -27,7 +27,7 @@ def work():
     return images, batch_plan(rows, modality, CONFIG, rows=8, seed=1, epoch=1, batch=0)
 
 
-@pytest.mark.parametrize("room", ["reference", "cpu"])
+@pytest.mark.parametrize("room", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_same_bits(work, room, dtype, layout):
