@@ -133,6 +133,17 @@ STABLE_TORCH_LIBRARY(fastreid_vi_native, m) {
       "pair_scores(Tensor query, Tensor gallery, Tensor query_norms, Tensor gallery_norms, "
       "Tensor columns, str metric) -> Tensor");
   m.def("row_norms(Tensor rows) -> Tensor");
+  m.def(
+      "rerank_neighbors(Tensor lists, Tensor distances, Tensor features, Tensor maxima, "
+      "Tensor rounding, int k1, int half, bool expand) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rerank_average(Tensor lists, Tensor counts, Tensor columns, Tensor values, int room) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rerank_fuse(Tensor query_counts, Tensor query_columns, Tensor query_values, "
+      "Tensor gallery_counts, Tensor gallery_columns, Tensor gallery_values, Tensor base, "
+      "Tensor maxima, Tensor rounding, int query_sets, int gallery_sets, int columns, "
+      "float weight) -> Tensor");
 }
 
 // Importing the module runs the static registrars; it has no Python content of its own.

@@ -247,7 +247,8 @@ def backends() -> dict[str, dict[str, str]]:
     >>> fastreid_vi.backends()["gem_pool"]["reference"]
     'built'
     """
-    for families in ("ops", "augment.fused", "augment.erase", "evaluation.device_ops"):
+    evaluation = ("evaluation.device_ops", "evaluation.device_rerank_ops")
+    for families in ("ops", "augment.fused", "augment.erase", *evaluation):
         importlib.import_module(f"fastreid_vi.{families}")  # fills the table
     table = {}
     for name, op in OPS.items():

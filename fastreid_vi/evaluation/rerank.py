@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from fastreid_vi.evaluation.arrays import (
     real_matrix,
     to_numpy,
 )
-from fastreid_vi.evaluation.positions import cores, why_not
+from fastreid_vi.evaluation.positions import cores, stays_on_device, why_not
 from fastreid_vi.evaluation.rerank_reference import Method, dense_multi_spectral
 from fastreid_vi.evaluation.rerank_sparse import (
     NORM_ROWS,
@@ -57,7 +58,7 @@ def k_reciprocal_rerank(
 
     Args:
         query, gallery: [Q, D] and [G, D] features, taken as they are (the protocols use unit
-            vectors); left unchanged.
+            vectors); left unchanged. What lies on a CUDA device is re-ranked there.
         k1: two images are neighbours when each is among the other's k1 nearest.
         k2: lists of neighbours are averaged over the k2 nearest images.
         weight: of the plain distance, from 0 to 1.
@@ -72,14 +73,20 @@ def k_reciprocal_rerank(
         TypeError, ValueError: the argument that does not fit, by name; a number that is not finite.
         RuntimeError: the backend asked for cannot run.
     Spec: reranking. Golden: eval/rerank_single, eval/rerank_single_k10, eval/rerank_unit_norm,
-        eval/rerank_edges. Backends: retrieval.
+        eval/rerank_edges. Backends: retrieval, cuda.
 
     >>> k_reciprocal_rerank([[0.0], [1.0]], [[0.1], [0.9]], k1=1, k2=1).round(2)
     array([[0.01, 0.94],
            [0.94, 0.01]], dtype=float32)
     """
     method = make_method(k1, k2, weight, neighbors, expand)
-    sets = feature_sets([("query", query), ("gallery", gallery)])
+    _check(precision, threads)
+    named = [("query", query), ("gallery", gallery)]
+    if precision == "float32" and stays_on_device(query):
+        device = importlib.import_module("fastreid_vi.evaluation.device_rerank")
+        tensors = device.feature_sets(named)
+        return device.like(query, device.rerank(tensors[:1], tensors[1:], method))
+    sets = feature_sets(named)
     return like(query, _rerank(sets[:1], sets[1:], method, precision, threads))
 
 
@@ -113,7 +120,7 @@ def multi_spectral_rerank(
         TypeError, ValueError: the argument that does not fit, by name; a number that is not finite.
         RuntimeError: the backend asked for cannot run.
     Spec: reranking. Golden: eval/mser_i2v_masked, eval/mser_i2v_full, eval/mser_v2i_full,
-        mcja/mser. Backends: retrieval.
+        mcja/mser. Backends: retrieval, cuda.
     """
     method = make_method(k1, k2, weight, neighbors, expand)
     choice("direction", direction, SpectralDirection)
@@ -124,7 +131,11 @@ def multi_spectral_rerank(
         raise ValueError(
             f"{names[0]}: expected 1 set or {len(visible)}, as {names[1]}, got {len(infrared)}"
         )
-    arrays = feature_sets([*asking, *asked])
+    _check(precision, threads)
+    device = None
+    if precision == "float32" and stays_on_device(asking[0][1]):
+        device = importlib.import_module("fastreid_vi.evaluation.device_rerank")
+    arrays = (device.feature_sets if device else feature_sets)([*asking, *asked])
     left, right = arrays[: len(asking)], arrays[len(asking) :]
     for side, sets in (("queries", left), ("galleries", right)):
         for number, array in enumerate(sets):
@@ -134,6 +145,8 @@ def multi_spectral_rerank(
                     f"{list(array.shape)}"
                 )
     left, right = (left[:1], right) if direction == "i2v" else (left, right[:1])
+    if device:
+        return device.like(asking[0][1], device.rerank(left, right, method))
     return like(asking[0][1], _rerank(left, right, method, precision, threads))
 
 
@@ -256,6 +269,12 @@ def rerank_sets(
     return _rerank(queries, galleries, method, "float32", threads)
 
 
+def _check(precision: Any, threads: Any) -> None:
+    choice("precision", precision, RerankPrecision)
+    if threads is not None:
+        at_least_one("threads", threads)
+
+
 def _rerank(
     queries: Sequence[Real],
     galleries: Sequence[Real],
@@ -263,9 +282,6 @@ def _rerank(
     precision: RerankPrecision,
     threads: int | None,
 ) -> Real:
-    choice("precision", precision, RerankPrecision)
-    if threads is not None:
-        at_least_one("threads", threads)
     if room_of(precision) == "reference":
         return dense_multi_spectral(list(queries), list(galleries), method, precision)
     whole = np.arange(len(galleries[0]))

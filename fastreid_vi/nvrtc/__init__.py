@@ -40,6 +40,9 @@ ROOMS: Final = {
     "merge_top_k": "topk",
     "pair_scores": "topk",
     "row_norms": "topk",
+    "rerank_neighbors": "rerank",
+    "rerank_average": "rerank",
+    "rerank_fuse": "rerank",
 }
 
 

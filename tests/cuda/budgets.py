@@ -73,4 +73,9 @@ BUDGETS = {
     "merge_top_k_kernel": Budget(registers=48, shared=128),
     "pair_scores_kernel": Budget(registers=48, wide_loads=False),
     "row_norms_kernel": Budget(registers=40, wide_loads=False),
+    # csrc/cuda/rerank.cu; lists and sparse rows are short and start anywhere
+    "rerank_ranks_kernel": Budget(registers=32, wide_loads=False),
+    "rerank_neighbors_kernel": Budget(registers=56, shared=256, wide_loads=False),
+    "rerank_average_kernel": Budget(registers=48, shared=1280, wide_loads=False),
+    "rerank_fuse_kernel": Budget(registers=64, wide_loads=False),
 }
