@@ -40,8 +40,11 @@ struct Span {
 
   // A side of a box, clipped to 0..length.
   static Span clipped(int64_t start, int64_t size, int64_t length) {
-    start = std::clamp<int64_t>(start, -length, length);  // no overflow; further out is the same
-    size = std::clamp<int64_t>(size, 0, 2 * length);
+    size = std::max<int64_t>(size, 0);
+    if (start > 0) {  // no overflow: below zero there is none
+      start = std::min(start, length);
+      size = std::min(size, length);
+    }
     return {std::max<int64_t>(start, 0), std::clamp<int64_t>(start + size, 0, length)};
   }
   bool holds(int64_t i) const { return i >= begin && i < end; }

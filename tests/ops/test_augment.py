@@ -163,6 +163,26 @@ class TestOneTruth(InEveryRoom):
                     assert got.is_contiguous(memory_format=layout)
                     assert torch.equal(got, want), (height, width, layout, kind)
 
+    @pytest.mark.parametrize(
+        "box", [(-15, -12, 20, 14), (-(2**40), 0, 2**40 + 3, 4), (5, 5, 2**62, 2**62), (3, 9, 4, 0)]
+    )
+    def test_boxes_may_begin_and_end_anywhere(self, room: str, box: tuple[int, ...]) -> None:
+        images = pictures(1, 10, 8)
+        plan = plain_plan(torch.zeros(2, dtype=torch.int64))._replace(
+            kind=torch.tensor([0, KINDS.index("cutmix")]), values=torch.full((2, 3), 9.0),
+            erase=torch.tensor([box, (0, 0, 0, 0)]), boxes=torch.tensor([box, box]),
+        )  # fmt: skip
+        top, left, height, width = box
+        rows, columns = range(10), range(8)
+        held = torch.tensor(
+            [[top <= y < top + height and left <= x < left + width for x in columns] for y in rows]
+        )
+        erased, mixed = run(room, images, plan)
+        assert torch.equal(erased[0] == 9.0, held)
+        shown = run(room, images, plan, dtype=torch.uint8)[1, 2]
+        assert torch.equal(shown, torch.where(held, images[0, ..., 1], images[0, ..., 0]))
+        assert mixed.isfinite().all()
+
     @pytest.mark.parametrize("how", ["sliced", "planar", "reversed", "expanded"])
     def test_images_of_any_strides(self, room: str, how: str) -> None:
         images = pictures(4, 6, 9)
@@ -274,6 +294,44 @@ class TestRegistered(InEveryRoom):
         assert {"augment", "random_erase"} <= set(table)
         assert table["augment"]["reference"] == "built"
         assert OPS["augment"].family == "augment"
+
+
+@pytest.mark.gpu
+class TestOnDevice:
+    """No value is looked at: the call can be captured, and bad plans read nothing outside."""
+
+    @pytest.mark.parametrize("mix", [False, True])
+    def test_captured_by_a_cuda_graph(self, mix: bool) -> None:
+        images = pictures(6, 24, 16)
+        plan = any_plan(14, images, 1, mix=mix)
+        there = images.cuda(), plan.to("cuda")
+        with watched("augment", "triton") as ran:
+            expected = ops.augment(*there, dtype=torch.bfloat16)
+        assert ran == ["triton"]
+        assert torch.equal(expected.cpu(), run("reference", images, plan, dtype=torch.bfloat16))
+        out = torch.empty_like(expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = ops.augment(*there, dtype=torch.bfloat16)
+            ops.augment(*there, dtype=torch.bfloat16, out=out)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(static, expected)
+        assert torch.equal(out, expected)
+
+    def test_nothing_outside_is_read(self) -> None:
+        images = pictures(3, 9, 8).cuda()
+        far = torch.tensor([-(2**62), 2**62, -1, 3, 77], device="cuda")
+        plan = plain_plan(far)._replace(
+            top=far, left=far, kind=far, hue=far, channel=far, planes=far[:, None].repeat(1, 2),
+            boxes=far[:, None].repeat(1, 4), erase=far[:, None].repeat(1, 4),
+            weights=torch.full((5, 3), float("nan"), dtype=torch.float64, device="cuda"),
+            factor=torch.full((5,), 1e30, device="cuda"),
+        )  # fmt: skip
+        for kind in range(-1, len(KINDS) + 1):
+            given = plan._replace(kind=torch.full_like(far, kind))
+            ops.augment(images, given, dtype=torch.float16)
+        torch.cuda.synchronize()
 
 
 class TestErase:
