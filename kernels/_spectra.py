@@ -69,8 +69,9 @@ def _bytes(pixel, c, stride_c, inside):
 @triton.jit
 def _span(start, size, length):
     """Begin and end of a side of a box, clipped to 0..length."""
+    begin = tl.minimum(tl.maximum(start, 0), length)
     end = tl.minimum(tl.maximum(start + size, 0), length)
-    return tl.minimum(tl.maximum(start, 0), length), end
+    return begin.to(tl.int32), end.to(tl.int32)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def _within(y, x, top, bottom, left, right):
 
 @triton.jit
 def _one_of_three(c):
-    return tl.minimum(tl.maximum(c, 0), 2)
+    return tl.minimum(tl.maximum(c, 0), 2).to(tl.int32)
 
 
 @triton.jit

@@ -146,20 +146,19 @@ def _shown(
 
 @triton.jit
 def _write(
-    v, inside, b, plane, y, i, x, c, height, width, run, table,
-    out_ptr, border_ptr, erase_ptr, values_ptr,
+    v, inside, b, plane, y, i, x, c, height, run, table, border, top, bottom, left, right,
+    out_ptr, values_ptr,
     NORMALIZED: tl.constexpr, INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Elements i of rows y of a plane: border, levels, box."""
-    v = tl.where(inside, v, tl.load(border_ptr + b).to(tl.int32))
+    """Elements i of rows y of a plane: border, levels, and a box that is erased."""
+    v = tl.where(inside, v, border)
     kept = (y < height)[:, None] & (i < run)[None, :]
     where = out_ptr + (plane * height + y)[:, None] * run + i[None, :]
     result: tl.constexpr = out_ptr.dtype.element_ty
     if NORMALIZED:
         entries = tl.reshape(v + c[None, :] * 256, [ROWS * COLUMNS])
         out = tl.reshape(tl.gather(table, entries, 0), [ROWS, COLUMNS])
-        top, bottom, left, right = _box(erase_ptr + b * 4, height, width)
         if (bottom > top) & (right > left):
             value = _rounded(tl.load(values_ptr + b * 3 + c), result, INTERPRETED)
             out = tl.where(_within(y, x, top, bottom, left, right), value[None, :], out)
@@ -202,12 +201,14 @@ def _augment_kernel(
         entry = tl.arange(0, 1024)
         levels = tl.load(levels_ptr + entry, mask=entry < 768, other=0.0)
         table = _rounded(levels, out_ptr.dtype.element_ty, INTERPRETED)
+    border = tl.load(border_ptr + b).to(tl.int32)
+    upper, lower, near, far = _box(erase_ptr + b * 4, height, width)
     kind = tl.load(kind_ptr + b)
     plain = (kind < 1) | (kind > 6) | (kind == 5)  # bytes are only moved
     if MIX:
         plain = plain & (tl.load(mix_ptr + b * 5 + 4) == 0.0)
     if plain:
-        alone = _one_of_three(tl.load(channel_ptr + b)).to(tl.int32)
+        alone = _one_of_three(tl.load(channel_ptr + b))
         pixels += tl.where(kind == 5, alone, c) * stride_c
         y = first + tl.arange(0, ROWS)
         row = y + top
@@ -215,8 +216,8 @@ def _augment_kernel(
         at = pixels[None, :] + (row.to(tl.int64) * stride_h)[:, None]
         v = tl.load(at, mask=inside, other=0).to(tl.int32)
         _write(
-            v, inside, b, plane, y, i, x, c, height, width, run, table, out_ptr, border_ptr,
-            erase_ptr, values_ptr, NORMALIZED, INTERPRETED, ROWS, COLUMNS,
+            v, inside, b, plane, y, i, x, c, height, run, table, border, upper, lower, near, far,
+            out_ptr, values_ptr, NORMALIZED, INTERPRETED, ROWS, COLUMNS,
         )  # fmt: skip
     else:
         for skipped in range(0, tl.minimum(ROWS, height - first), PART):
@@ -230,8 +231,8 @@ def _augment_kernel(
                 sums_ptr, MIX, PART, COLUMNS,
             )  # fmt: skip
             _write(
-                v, inside, b, plane, y, i, x, c, height, width, run, table, out_ptr, border_ptr,
-                erase_ptr, values_ptr, NORMALIZED, INTERPRETED, PART, COLUMNS,
+                v, inside, b, plane, y, i, x, c, height, run, table, border, upper, lower, near,
+                far, out_ptr, values_ptr, NORMALIZED, INTERPRETED, PART, COLUMNS,
             )  # fmt: skip
 
 
