@@ -296,44 +296,6 @@ class TestRegistered(InEveryRoom):
         assert OPS["augment"].family == "augment"
 
 
-@pytest.mark.gpu
-class TestOnDevice:
-    """No value is looked at: the call can be captured, and bad plans read nothing outside."""
-
-    @pytest.mark.parametrize("mix", [False, True])
-    def test_captured_by_a_cuda_graph(self, mix: bool) -> None:
-        images = pictures(6, 24, 16)
-        plan = any_plan(14, images, 1, mix=mix)
-        there = images.cuda(), plan.to("cuda")
-        with watched("augment", "triton") as ran:
-            expected = ops.augment(*there, dtype=torch.bfloat16)
-        assert ran == ["triton"]
-        assert torch.equal(expected.cpu(), run("reference", images, plan, dtype=torch.bfloat16))
-        out = torch.empty_like(expected)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            static = ops.augment(*there, dtype=torch.bfloat16)
-            ops.augment(*there, dtype=torch.bfloat16, out=out)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(static, expected)
-        assert torch.equal(out, expected)
-
-    def test_nothing_outside_is_read(self) -> None:
-        images = pictures(3, 9, 8).cuda()
-        far = torch.tensor([-(2**62), 2**62, -1, 3, 77], device="cuda")
-        plan = plain_plan(far)._replace(
-            top=far, left=far, kind=far, hue=far, channel=far, planes=far[:, None].repeat(1, 2),
-            boxes=far[:, None].repeat(1, 4), erase=far[:, None].repeat(1, 4),
-            weights=torch.full((5, 3), float("nan"), dtype=torch.float64, device="cuda"),
-            factor=torch.full((5,), 1e30, device="cuda"),
-        )  # fmt: skip
-        for kind in range(-1, len(KINDS) + 1):
-            given = plan._replace(kind=torch.full_like(far, kind))
-            ops.augment(images, given, dtype=torch.float16)
-        torch.cuda.synchronize()
-
-
 class TestErase:
     op, cases = "random_erase", ()
     dtypes = (*FLOATS, torch.float64)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import fastreid_vi
 from fastreid_vi import augment as ops
-from fastreid_vi._dispatch import OPS
 from fastreid_vi.augment import level_table, plain_plan
 from tests.ops.augment_cases import any_plan, pictures, run
 
@@ -191,21 +190,3 @@ def test_a_room_that_was_asked_for_is_used_or_named() -> None:
         fastreid_vi.backend("cuda"),  # never had this op: its own order holds
     ):
         assert ops.augment(IMAGES, PLAN).shape == (4, 3, 6, 5)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "slots", "message"),
-    [
-        ((1, 1 << 15, 1 << 15, 3), 1, "images of 32768 x 32768 pixels are too large"),
-        ((1, 384, 192, 3), 400_000, "400000 slots of 384 x 192 pixels are too many"),
-    ],
-)
-def test_what_one_launch_cannot_hold_is_refused(
-    sizes: tuple[int, ...], slots: int, message: str
-) -> None:
-    """And left to the next room."""
-    images = torch.zeros(1, dtype=torch.uint8).expand(sizes)
-    plan = plain_plan(torch.zeros(slots, dtype=torch.int64))
-    with fastreid_vi.backend("triton"), pytest.raises(RuntimeError, match=message):
-        ops.augment(images, plan)
-    assert OPS["augment"].why_not("cpu", images, *plan, torch.uint8, True) is None
