@@ -2,6 +2,9 @@
 
 What `rerank_sparse` does on the host, with the same steps and the same order of additions. Given
 equal distances the lists and sets are equal; products of other libraries round otherwise.
+
+Of the distances of all items there are blocks only, twice `DISTANCES` numbers at a time. What stays
+is the distances of queries to gallery images, lists, and V and V' in rows padded to their longest.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def rerank_memory(
     precision: RerankPrecision = "float32",
     threads: int | None = None,
 ) -> int:
-    """Bytes that re-ranking takes at most beyond its arguments, its result included.
+    """Bytes that re-ranking on the host takes at most beyond its arguments, result included.
 
     Args:
         queries, gallery: images on either side.

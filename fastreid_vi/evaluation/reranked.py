@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,7 +14,14 @@ from fastreid_vi.evaluation.arrays import Int, Real, real_matrix
 from fastreid_vi.evaluation.directions import Direction
 from fastreid_vi.evaluation.features import Features
 from fastreid_vi.evaluation.galleries import Embeddings
-from fastreid_vi.evaluation.positions import CameraRule, Ranks, cores, make_labels, rank_rows
+from fastreid_vi.evaluation.positions import (
+    CameraRule,
+    Ranks,
+    cores,
+    make_labels,
+    rank_rows,
+    stays_on_device,
+)
 from fastreid_vi.evaluation.products import can_match
 from fastreid_vi.evaluation.rerank import (
     Neighborhood,
@@ -173,6 +181,13 @@ def rank_reranked(
     ranks = Ranks.empty(len(galleries), len(query.ids))
     if not len(rows):
         return ranks
+    if isinstance(rerank, KReciprocal | MultiSpectral) and stays_on_device(query.features):
+        device = importlib.import_module("fastreid_vi.evaluation.device_reranked")
+        sets = _named_sets(rerank, query, gallery)
+        reranked: Ranks = device.rank_reranked(
+            rerank.method(), *sets, used, rows, galleries, rule, normalize=normalize
+        )
+        return reranked
     left, right = _feature_sets(rerank, query, gallery, used, normalize)
     columns = [np.searchsorted(used, images) for images in galleries]
     for trial, distance in enumerate(_distances(rerank, left, right, columns, rows, threads)):
@@ -190,19 +205,30 @@ def _feature_sets(
 ) -> tuple[list[Real], list[Real]]:
     """Checked copies: all queries, the rows `used` of the pool; further spectra of their side."""
     everyone = np.arange(len(query.ids))
-    left = [_rows("query", query, everyone, normalize)]
-    right = [_rows("gallery", gallery, used, normalize)]
+    queries, pools = _named_sets(rerank, query, gallery)
+    left = [_rows(name, images, everyone, normalize) for name, images in queries[:1]]
+    right = [_rows(name, images, used, normalize) for name, images in pools[:1]]
     if left[0].shape[1] != right[0].shape[1]:
         raise ValueError(
             f"query.features, gallery.features: expected equal lengths, got {left[0].shape[1]} and "
             f"{right[0].shape[1]}"
         )
+    left += [_rows(name, images, everyone, normalize) for name, images in queries[1:]]
+    right += [_rows(name, images, used, normalize) for name, images in pools[1:]]
+    return left, right
+
+
+def _named_sets(
+    rerank: Rerank, query: Embeddings, gallery: Embeddings
+) -> tuple[list[tuple[str, Embeddings]], list[tuple[str, Embeddings]]]:
+    """All sets of features of either side and their names in messages."""
+    left, right = [("query", query)], [("gallery", gallery)]
     if isinstance(rerank, MultiSpectral):
-        i2v = rerank.direction == "i2v"
-        sets, images, rows = (right, gallery, used) if i2v else (left, query, everyone)
-        for number, features in enumerate(rerank.spectra):
-            name = f"rerank.spectra[{number}]"
-            sets.append(_rows(name, images._replace(features=features), rows, normalize))
+        sets, images = (right, gallery) if rerank.direction == "i2v" else (left, query)
+        sets += [
+            (f"rerank.spectra[{number}]", images._replace(features=features))
+            for number, features in enumerate(rerank.spectra)
+        ]
     return left, right
 
 
