@@ -27,7 +27,7 @@ from fastreid_vi.kernels._common import INTERPRETED
 from fastreid_vi.kernels._spectra import _box, _changed, _nearest, _one_of_three, _within
 
 ELEMENTS = 4096  # of one program: 32 loads under way per thread hide what memory takes to answer
-PART = 512  # of them at a time where there is arithmetic to hold
+PART = 512  # of them at a time where there is arithmetic to hold; half of it with sums of a mix
 WASTE = 1 / 8  # share of a program's columns that may lie outside the image
 
 # Not those of `_common`: the reference rounds after every operation.
@@ -118,13 +118,10 @@ def _tone(sums_ptr, mix_ptr, count):
 def _shown(
     pixel, stride_c, inside, c, row, column, height, width, b,
     kind_ptr, hue_ptr, weights_ptr, boxes_ptr, planes_ptr, channel_ptr, factor_ptr, nearest_ptr,
-    mix_ptr, sums_ptr, MIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    mix_ptr, mixed, scale, offset, MIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Channel c after the change, or the three of them mixed."""
     if MIX:
-        mixed = tl.load(mix_ptr + b * 5 + 4) != 0.0
-        count = (height * width).to(tl.float64)
-        scale, offset = _tone(sums_ptr + b * 9, mix_ptr + b * 5, count)
         v = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
         grey = tl.zeros([ROWS, COLUMNS], dtype=tl.float64)
         for k in range(0, tl.where(mixed, 3, 1)):
@@ -205,8 +202,11 @@ def _augment_kernel(
     upper, lower, near, far = _box(erase_ptr + b * 4, height, width)
     kind = tl.load(kind_ptr + b)
     plain = (kind < 1) | (kind > 6) | (kind == 5)  # bytes are only moved
+    mixed = tl.full([], False, tl.int1)
+    scale, offset = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if MIX:
-        plain = plain & (tl.load(mix_ptr + b * 5 + 4) == 0.0)
+        mixed = tl.load(mix_ptr + b * 5 + 4) != 0.0
+        plain = plain & (mixed == 0)
     if plain:
         alone = _one_of_three(tl.load(channel_ptr + b))
         pixels += tl.where(kind == 5, alone, c) * stride_c
@@ -220,6 +220,9 @@ def _augment_kernel(
             out_ptr, values_ptr, NORMALIZED, INTERPRETED, ROWS, COLUMNS,
         )  # fmt: skip
     else:
+        if MIX:
+            count = (height * width).to(tl.float64)
+            scale, offset = _tone(sums_ptr + b * 9, mix_ptr + b * 5, count)
         for skipped in range(0, tl.minimum(ROWS, height - first), PART):
             y = first + skipped + tl.arange(0, PART)
             row = y + top
@@ -228,7 +231,7 @@ def _augment_kernel(
             v = _shown(
                 at, stride_c, inside, c, row, column, height, width, b, kind_ptr, hue_ptr,
                 weights_ptr, boxes_ptr, planes_ptr, channel_ptr, factor_ptr, nearest_ptr, mix_ptr,
-                sums_ptr, MIX, PART, COLUMNS,
+                mixed, scale, offset, MIX, PART, COLUMNS,
             )  # fmt: skip
             _write(
                 v, inside, b, plane, y, i, x, c, height, run, table, border, upper, lower, near,
@@ -296,11 +299,12 @@ def augment(
     run, planes_of_all = (3 * width, count) if channels_last else (width, 3 * count)
     columns = _columns(run, 16 // dtype.itemsize)
     rows = _rows(ELEMENTS, columns, height)
+    part = PART if channel_mix is None else PART // 2
     _augment_kernel[(triton.cdiv(run, columns) * triton.cdiv(height, rows) * planes_of_all,)](
         images, out, *frame, *change, erase.contiguous(), values.contiguous(), levels.contiguous(),
         mix, sums, *sizes, LAST=channels_last, MIX=channel_mix is not None,
         NORMALIZED=dtype != torch.uint8, INTERPRETED=INTERPRETED, ROWS=rows, COLUMNS=columns,
-        PART=_rows(PART, columns, height), **OPTIONS,
+        PART=_rows(part, columns, height), **OPTIONS,
     )  # fmt: skip
     return out
 
