@@ -20,8 +20,8 @@ namespace {
 template <typename T>
 struct Tile {
   static constexpr int64_t kEdge = sizeof(T) == 8 ? 8 : 16;
-  using Bits = std::conditional_t<
-      sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   typedef Bits Row __attribute__((vector_size(kEdge * sizeof(T))));
 
   // to[j * to_stride + i] = from[i * from_stride + j], i, j < kEdge: log2(kEdge) rounds that
@@ -51,8 +51,8 @@ struct Tile {
 
 // to[j * to_stride + i] = from[i * from_stride + j], i < rows, j < columns.
 template <typename T>
-FASTREID_VI_CLONES void transpose(const T* from, int64_t from_stride, int64_t rows,
-                                  int64_t columns, T* to, int64_t to_stride) {
+FASTREID_VI_CLONES void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                  T* to, int64_t to_stride) {
   constexpr int64_t kEdge = Tile<T>::kEdge;
   const int64_t whole_rows = rows / kEdge * kEdge, whole_columns = columns / kEdge * kEdge;
   for (int64_t i = 0; i < whole_rows; i += kEdge) {
@@ -110,8 +110,7 @@ class Turned {
       transpose(first, map_.channel, width, map_.positions, scratch, pitch(width));
       return {scratch, 1, pitch(width)};
     }
-    transpose(first, map_.position, map_.positions, width, scratch,
-              pitch(map_.positions));
+    transpose(first, map_.position, map_.positions, width, scratch, pitch(map_.positions));
     return {scratch, pitch(map_.positions), 1};
   }
 

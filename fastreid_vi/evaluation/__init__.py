@@ -5,6 +5,7 @@ from fastreid_vi.evaluation.cameras import CameraMatrix, camera_matrix
 from fastreid_vi.evaluation.chance import chance_llcm, chance_regdb, chance_sysu
 from fastreid_vi.evaluation.directions import DIRECTION_NAMES, Direction
 from fastreid_vi.evaluation.embeddings import EmbeddingsError, load_embeddings, save_embeddings
+from fastreid_vi.evaluation.exact_search import SearchResult, search
 from fastreid_vi.evaluation.galleries import Embeddings, sysu_galleries
 from fastreid_vi.evaluation.llcm import evaluate_llcm, llcm_galleries, llcm_table
 from fastreid_vi.evaluation.protocols import (
@@ -21,7 +22,6 @@ from fastreid_vi.evaluation.rerank import (
     rerank_memory,
 )
 from fastreid_vi.evaluation.reranked import KReciprocal, MultiSpectral
-from fastreid_vi.evaluation.exact_search import SearchResult, search
 from fastreid_vi.evaluation.sharded import sharded_search
 
 __all__ = [

@@ -14,9 +14,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from fastreid_vi.evaluation.arrays import Real, at_least_one, choice, like, real_matrix
+from fastreid_vi.evaluation.exact_search import Rows, SearchResult, finite_norms, search
 from fastreid_vi.evaluation.nearest import Metric
 from fastreid_vi.evaluation.positions import cores
-from fastreid_vi.evaluation.exact_search import Rows, SearchResult, finite_norms, search
 
 Kind = Literal["hnsw", "ivf"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastreid_vi.evaluation import device_ops
 from fastreid_vi.evaluation.arrays import Dense, Int, on_device
+from fastreid_vi.evaluation.exact_search import Rows
 from fastreid_vi.evaluation.nearest import Metric
 from fastreid_vi.evaluation.positions import Labels, Ranks
-from fastreid_vi.evaluation.exact_search import Rows
 
 ROWS: Final = 2**17  # of the gallery, searched together
 QUERIES: Final = 4096  # multiplied at once

@@ -16,8 +16,8 @@ from fastreid_vi.evaluation.arrays import (
     real_matrix,
     to_numpy,
 )
-from fastreid_vi.evaluation.nearest import Metric
 from fastreid_vi.evaluation.exact_search import SearchResult, search
+from fastreid_vi.evaluation.nearest import Metric
 
 
 class _Part(NamedTuple):
