@@ -39,7 +39,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py $(METHODS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -rs -p no:cacheprovider --durations=25 -n auto --maxprocesses 8 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -rs -p no:cacheprovider --durations=25 -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest -q -p no:cacheprovider --benchmark-disable -k "not compiled" benchmarks
 
 lint: $(VENV)/.test

@@ -1,7 +1,6 @@
 """Shared by all tests: golden vectors, poisoned memory, Triton's interpreter without a GPU.
 
-`pytest -n auto --dist loadgroup` shares the tests among processes: a file, a class or a folder of
-`TOGETHER` at a time.
+`pytest -n auto --dist loadfile --no-loadscope-reorder` shares the files among processes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ if not torch.cuda.is_available():  # before any kernel is decorated
 
 TESTS = Path(__file__).parent
 LONGEST = "test_triton_compiles"  # begins first, so that no process waits for it at the end
-TOGETHER = ("cuda", "cli")  # their session fixtures compile the emulation, train a method
 GOLDEN = Path(os.environ.get("FASTREID_VI_GOLDEN", TESTS / "golden"))
 
 
@@ -56,13 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, choices, ids=lambda v: str(v).removeprefix("torch."))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem != LONGEST)
-    for item in items:
-        folder, cls = item.path.parent.name, getattr(item, "cls", None)
-        name = folder if folder in TOGETHER else f"{item.path.stem}.{cls and cls.__name__}"
-        item.add_marker(pytest.mark.xdist_group(name))
     if torch.cuda.is_available():
         return
     for item in items:
