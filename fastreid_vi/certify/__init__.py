@@ -1,7 +1,8 @@
 """Every op and every method against the golden vectors, on this machine.
 
 A case lives in one place: `op_<family>.py` lists calls of ops (inputs, call, expected arrays, how
-far off), `method_<name>.py`, `samplers.py`, `layouts.py` and `ranking.py` list longer procedures.
+far off), `method_<name>.py`, `samplers.py`, `layouts.py`, `ranking.py` and
+`reranking.py` list longer procedures.
 `runner` runs them in every room and on every device that is here.
 """
 
@@ -24,6 +25,7 @@ from fastreid_vi.certify import (
     op_softrank,
     op_triplet,
     ranking,
+    reranking,
     samplers,
 )
 from fastreid_vi.certify.cases import Cases, Check, OpCase, Procedure, Want
@@ -37,6 +39,7 @@ PROCEDURES: tuple[Callable[[], Iterable[Procedure]], ...] = tuple(
     part.procedures
     for part in (
         ranking,
+        reranking,
         method_mpanet,
         method_lba,
         method_mcja,
