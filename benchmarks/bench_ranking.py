@@ -119,7 +119,8 @@ def bench_sysu_table(benchmark: Any, data: Data, capsys: pytest.CaptureFixture[s
             f"sort: {memory['argsort']['seconds']:.1f} s\n"
             f"extra memory: {extra['ours']:.0f} MB, a vectorised sort: {extra['argsort']:.0f} MB"
         )
-    assert statistics.median(ratios) <= MOST_PRODUCTS
+    # A rehearsal says nothing about time.
+    assert benchmark.disabled or statistics.median(ratios) <= MOST_PRODUCTS
     assert extra["ours"] <= MOST_MEMORY * extra["argsort"]
 
 

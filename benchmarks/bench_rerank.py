@@ -160,9 +160,9 @@ def bench_rerank(benchmark: Any, data: Data, capsys: pytest.CaptureFixture[str],
         print(", ".join(f"{peer} {value:.3f}" for peer, value in medians.items()), end="; MB ")
         print(", ".join(f"{peer} {value / 1e6:.0f}" for peer, value in memory.items()))
     least, most = LIMITS[name]
-    assert ratio <= most
+    assert benchmark.disabled or ratio <= most  # a rehearsal says nothing about time
     if "dense" in steps:
-        assert faster["dense"] >= least
+        assert benchmark.disabled or faster["dense"] >= least
         assert memory["ours"] <= memory["dense"] / 2
 
 

@@ -64,7 +64,7 @@ def bench_eval_of_saved_embeddings(
     found, expected = json.loads(outputs[-1])["settings"], sysu_table(*data)
     for name, setting in found.items():
         np.testing.assert_allclose(setting["mean"]["mAP"], expected[name].mean.mAP, atol=1e-9)
-    seconds, floor = statistics.median(walls[1:]), statistics.median(products[1:])
+    seconds, floor = statistics.median(walls[-5:]), statistics.median(products[-5:])
     benchmark.extra_info.update(
         peer=kind,
         shape=f"{len(query.ids)} x {len(gallery.ids)} x {FEATURES}",
@@ -75,5 +75,5 @@ def bench_eval_of_saved_embeddings(
     )
     with capsys.disabled():
         print(f"\neval of saved embeddings, {kind}: {seconds:.2f} s, the product {floor:.2f} s")
-    if kind == "plain":
+    if kind == "plain" and not benchmark.disabled:
         assert min(walls) <= max(MOST_SECONDS, 4 * floor)

@@ -107,7 +107,7 @@ def bench_pool_on_disk(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFix
     )
     with capsys.disabled():
         print(f"\n{medians} s, {ratio:.2f} times the product; extra memory {extra} MB")
-    assert ratio <= MOST_PRODUCTS
+    assert benchmark.disabled or ratio <= MOST_PRODUCTS  # a rehearsal says nothing about time
     assert extra["blocks"] <= MOST_MEMORY * extra["whole"]
 
 
