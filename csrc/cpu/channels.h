@@ -108,7 +108,8 @@ FASTREID_VI_CLONES void moments_columns(const T* __restrict x, int64_t stride, i
       const A shift = static_cast<A>(x[i]);
       A v[kRows], sum = 0, squares = 0;
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < kRows; ++r) sum += v[r] = static_cast<A>(rows[r * stride + i]) - shift;
+      for (int64_t r = 0; r < kRows; ++r)
+        sum += v[r] = static_cast<A>(rows[r * stride + i]) - shift;
       const A middle = sum / A(kRows);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kRows; ++r) squares += (v[r] - middle) * (v[r] - middle);
@@ -158,7 +159,7 @@ FASTREID_VI_CLONES void gradient_sums_columns(const T* __restrict g, int64_t g_s
   std::fill(sum_gc, sum_gc + width, A(0));
   int64_t s = 0;
   for (; s + kRows <= positions; s += kRows) {
-    const T *__restrict gs = g + s * g_stride, *__restrict xs = x + s * x_stride;
+    const T* __restrict gs = g + s * g_stride, * __restrict xs = x + s * x_stride;
     for (int64_t i = 0; i < width; ++i) {
       A part_g = 0, part_gc = 0;
 #pragma GCC unroll 8

@@ -345,11 +345,13 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_act_backward(
         gradient_row(g.data, from.at(c), map.positions, affine, *on_x, *constant, act, into);
       }
     };
-    blocks.each<T>(given.scratch(blocks.width), [&](int64_t b, int64_t c, int64_t width, T* memory) {
-      const auto g = given.block(b, c, width, memory);
-      const int64_t step = columns ? width : 1;
-      for (int64_t i = 0; i < width; i += step) one(b, c + i, step, {g.at(i), g.position});
-    });
+    blocks.each<T>(given.scratch(blocks.width),
+                   [&](int64_t b, int64_t c, int64_t width, T* memory) {
+                     const auto g = given.block(b, c, width, memory);
+                     const int64_t step = columns ? width : 1;
+                     for (int64_t i = 0; i < width; i += step)
+                       one(b, c + i, step, {g.at(i), g.position});
+                   });
     const auto finish = [&](const std::vector<A>& shares, const std::optional<Tensor>& like) {
       if (!like) return torch::stable::new_empty(x, {0});
       return fastreid_vi::tensor_of(sum_over_samples(shares, map.batches, map.channels), *like,
