@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_vi import _distributed, losses
+from tests.processes import run_together
 
 WORLD = 2
 SIZES = {"equal": (12, 12), "uneven": (9, 15), "empty": (24, 0)}
@@ -85,23 +83,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    script = (
-        "import os, sys, pathlib; from tests.test_distributed import work;"
-        "work(int(sys.argv[1]), pathlib.Path(sys.argv[2]));"
-        "sys.stdout.flush(); os._exit(0)"  # a plain exit after gloo aborts now and then
-    )
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder)],
-            cwd=root, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    for process in processes:
-        _, messages = process.communicate(timeout=240)
-        assert process.returncode == 0, messages
+    run_together("tests.test_distributed", folder, WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from fastreid_vi.evaluation import search
 from fastreid_vi.evaluation.sharded import sharded_search
 from tests.evaluation.test_search import METRICS, people, same
+from tests.processes import run_together
 
 WORLD = 2
 SPLITS = {"even": 350, "uneven": 689, "empty": 700, "small": 4}  # where the second shard begins
@@ -65,23 +63,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    script = (
-        "import os, sys, pathlib; from tests.evaluation.test_search_sharded import work;"
-        "work(int(sys.argv[1]), pathlib.Path(sys.argv[2]));"
-        "sys.stdout.flush(); os._exit(0)"  # a plain exit after gloo aborts now and then
-    )
-    root = Path(__file__).resolve().parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder)],
-            cwd=root, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    for process in processes:
-        _, messages = process.communicate(timeout=240)
-        assert process.returncode == 0, messages
+    run_together("tests.evaluation.test_search_sharded", folder, WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
