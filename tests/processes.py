@@ -25,6 +25,10 @@ def run_together(module: str, folder: Path, world: int) -> None:
         )
         for rank in range(world)
     ]  # fmt: skip
-    for process in processes:
-        _, messages = process.communicate(timeout=240)
-        assert process.returncode == 0, messages
+    try:
+        for process in processes:
+            _, messages = process.communicate(timeout=300)
+            assert process.returncode == 0, messages
+    finally:
+        for process in processes:
+            process.kill()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from fastreid_vi.certify.networks import PooledConv
 from fastreid_vi.config import Batch
 from fastreid_vi.methods.aligngan import AlignGAN, AlignGANOptions
 from tests.methods.aligngan_cases import SMALL, STAGES, backward, paired_batch
+from tests.processes import run_together
 
 WORLD = 2
 Found = dict[str, Tensor]
@@ -65,27 +63,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    script = (
-        "import os, sys, pathlib; from tests.methods.test_aligngan_distributed import work;"
-        "work(int(sys.argv[1]), pathlib.Path(sys.argv[2]));"
-        "sys.stdout.flush(); os._exit(0)"  # a plain exit after gloo aborts now and then
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path)],
-            cwd=root, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_together("tests.methods.test_aligngan_distributed", tmp_path, WORLD)
     together = torch.load(tmp_path / "found.pt", weights_only=True)
     alone = found(0, 1)
     assert alone.keys() == together.keys()

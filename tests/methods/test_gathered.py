@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from fastreid_vi.methods.mcja import MCJAOptions
 from fastreid_vi.methods.mcja.losses import mcja_losses
 from fastreid_vi.methods.mpanet import MPANetOptions
 from fastreid_vi.methods.mpanet.losses import Outputs, mpanet_losses
+from tests.processes import run_together
 
 WORLD, ROWS, IDS, WIDTH = 2, 24, 6, 5
 
@@ -114,23 +112,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple]]:  # type: ignore[type-arg]
     folder = tmp_path_factory.mktemp("processes")
-    script = (
-        "import os, sys, pathlib; from tests.methods.test_gathered import work;"
-        "work(int(sys.argv[1]), pathlib.Path(sys.argv[2]));"
-        "sys.stdout.flush(); os._exit(0)"  # a plain exit after gloo aborts now and then
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(folder)],
-            cwd=root, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    for process in processes:
-        _, messages = process.communicate(timeout=240)
-        assert process.returncode == 0, messages
+    run_together("tests.methods.test_gathered", folder, WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

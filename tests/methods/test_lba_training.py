@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fastreid_vi.methods import base
 from fastreid_vi.methods.lba.pairing import Arrangement, Pairs
 from fastreid_vi.train.state import random_states, restore_random_states
 from tests.methods.lba_cases import losses_of, miniature, paired_batch, shuffled, tiny
+from tests.processes import run_together
 
 WORLD = 2
 ROOT = Path(__file__).parents[2]
@@ -300,7 +299,7 @@ def test_overfits_eight_images() -> None:
 # Several processes.
 
 
-def process(rank: int, folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     """One step on half of the identities."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
@@ -320,15 +319,7 @@ def share(rank: int) -> Batch:
 
 
 def test_triplets_are_mined_over_all_processes(tmp_path: Path) -> None:
-    script = (
-        "import os, sys, pathlib; from tests.methods.test_lba_training import process;"
-        "process(int(sys.argv[1]), pathlib.Path(sys.argv[2])); os._exit(0)"
-    )  # a plain exit after gloo aborts now and then
-    running = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)], cwd=ROOT)
-        for rank in range(WORLD)
-    ]
-    assert [one.wait(timeout=120) for one in running] == [0, 0]
+    run_together("tests.methods.test_lba_training", tmp_path, WORLD)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     network = miniature().double().eval()
     expected = network.training_step(paired_batch(6, 2, dtype=torch.float64)).terms["triplet"]
