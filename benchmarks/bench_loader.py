@@ -33,7 +33,7 @@ from fastreid_vi.methods import recipe
 PERSONS = 20  # of the training set
 SIZE, SMALL = (400, 160), (64, 32)  # pixels of a file, height and width
 LEAST = 8.0  # images from a pack, times those from files, on one processor
-ROUNDS = 1 if TINY else 7
+ROUNDS = 1 if TINY else 5
 # Batches of a round.
 BATCHES = {"pack": 8, "files": 1, "dataloader": 6}
 METHODS = ("mpanet", "mcja", "lba", "baseline", "aligngan")

@@ -110,22 +110,26 @@ def cases(data: Data, name: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def take_turns(steps: dict[str, Callable[[], Any]], rounds: dict[str, int]) -> dict[str, Any]:
-    """Name -> seconds of each round."""
+def take_turns(
+    steps: dict[str, Callable[[], Any]], rounds: dict[str, int]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Name -> seconds of each round; name -> result."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    results: dict[str, Any] = {}
     steps["ours"](), steps["product"]()  # the first call loads the compiled room
     for turn in range(max(rounds.values())):
         for name, step in steps.items():
             if turn < rounds[name]:
                 began = time.perf_counter()
-                step()
+                results[name] = step()
                 seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return seconds, results
 
 
 ROUNDS = {"ours": 9, "product": 9, "dense": 2, "tuned": 3}
-# Case -> (least times faster than the dense reference, most products).
-LIMITS = {"masked": (8.0, 1.5), "spectral": (10.0, 1.5), "trials": (0.0, 3.0)}
+# Case -> (least times faster than the dense reference, most products): far enough from what is
+# measured that a busy machine does not fail.
+LIMITS = {"masked": (5.0, 1.5), "spectral": (7.0, 1.5), "trials": (0.0, 3.0)}
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +140,9 @@ def data() -> Data:
 @pytest.mark.parametrize("name", ["masked", "spectral", "trials"])
 def bench_rerank(benchmark: Any, data: Data, capsys: pytest.CaptureFixture[str], name: str) -> None:
     steps = cases(data, name)
+    seconds, results = take_turns(steps, ROUNDS)
     if "dense" in steps:
-        check_equal(steps)
-    seconds = take_turns(steps, ROUNDS)
+        check_equal(results)
     medians = {peer: statistics.median(times) for peer, times in seconds.items()}
     ratio = statistics.median(
         ours / product for ours, product in zip(seconds["ours"], seconds["product"], strict=True)
@@ -179,11 +183,10 @@ def bench_ten_spectral_trials_multi_shot(
     assert found["extra_bytes"] < 1e9
 
 
-def check_equal(steps: dict[str, Callable[[], Any]]) -> None:
+def check_equal(results: dict[str, Any]) -> None:
     """Products that differ in the last bit exchange a neighbour at the cut here and there."""
-    ours = steps["ours"]()
     for peer in ("dense", "tuned"):
-        off = np.abs(ours - steps[peer]())
+        off = np.abs(results["ours"] - results[peer])
         assert (off > 2e-6).mean() < 0.05, f"{peer}: {(off > 2e-6).mean():.2%} differ"
         assert off.mean() < 2e-6, f"{peer}: differs by {off.mean():.2g} on average"
 

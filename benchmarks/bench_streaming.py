@@ -76,7 +76,9 @@ def product(path: Path) -> None:
 def bench_pool_on_disk(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "pool.npy"
     planted(path)
-    means = {way: evaluated(path, way).mean for way in ("blocks", "whole")}
+    extra, means = {}, {}
+    for way in ("blocks", "whole"):
+        extra[way], means[way] = traced(path, way)
     # Neighbours within a rounding error of each other may stand either way.
     for name in ("mAP", "mINP"):
         found, expected = (getattr(means[way], name) for way in ("blocks", "whole"))
@@ -95,7 +97,6 @@ def bench_pool_on_disk(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFix
         rounds=3,
     )
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    extra = {way: extra_memory(path, way) / 1e6 for way in ("blocks", "whole")}
     ratio = medians["blocks"] / medians["product"]
     benchmark.extra_info.update(
         peer="retrieval",
@@ -111,13 +112,14 @@ def bench_pool_on_disk(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFix
     assert extra["blocks"] <= MOST_MEMORY * extra["whole"]
 
 
-def extra_memory(path: Path, way: str) -> int:
-    """Most bytes of NumPy's at one time; pages of the file are the system's to drop."""
+def traced(path: Path, way: str) -> tuple[float, Any]:
+    """Most megabytes of NumPy's at one time, whose pages of the file are the system's to drop; the
+    metrics."""
     tracemalloc.start()
-    evaluated(path, way)
+    mean = evaluated(path, way).mean
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return peak
+    return peak / 1e6, mean
 
 
 def bench_bootstrap(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ FLUSHED = 256 << 20  # bytes written before a cold round; four times the L2 of a
 # Seconds of timed rounds on a CPU.
 BUDGET = float(os.environ.get("FASTREID_VI_BENCH_SECONDS", "0.2"))
 FEWEST, MOST = 3, 200
+TEDIOUS = 2.0  # seconds; steps that take longer are timed twice
 WARM_UP, ROUNDS = (1, 2) if TINY else (10, 50)  # of a GPU
 SLOW, SLOW_ROUNDS = 5e-3, 10  # a step that takes longer is timed less often
 
@@ -46,7 +47,8 @@ def rounds_for(step: Step, budget: float = BUDGET) -> int:
     once = host_seconds(step)
     if once < budget / 4:  # the first call may have loaded something
         once = host_seconds(step)
-    return max(FEWEST, min(MOST, int(budget / max(once, 1e-9))))
+    fewest = 2 if once > TEDIOUS else FEWEST
+    return max(fewest, min(MOST, int(budget / max(once, 1e-9))))
 
 
 def _rounds(step: Step) -> int:

@@ -145,12 +145,14 @@ def in_words(found: dict[str, Any]) -> str:
     """`ratio to product 1.49; seconds: ours 0.67, product 0.45`."""
     parts = []
     for name, value in found.items():
-        label = name.replace("_", " ")
+        label, unit = name.replace("_", " "), 1.0
+        if "bytes" in label:
+            label, unit = label.replace("bytes", "MB"), 1e6
         if isinstance(value, dict):
-            pairs = ", ".join(f"{k} {figure(v)}" for k, v in value.items())
-            parts.append(f"{label}: {pairs}")
+            pairs = ", ".join(f"{k} {figure(v / unit)}" for k, v in value.items())
+            parts += [f"{label}: {pairs}"] if pairs else []
         else:
-            parts.append(f"{label} {figure(value)}")
+            parts.append(f"{label} {figure(value / unit)}")
     return "; ".join(parts) or "-"
 
 
