@@ -136,7 +136,8 @@ def bench_search(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
         for name, times in seconds.items()
     }
     benchmark.extra_info.update(
-        peer="search", threads=threads(), shape=f"{QUERIES} x {IMAGES} x {FEATURES}", bytes=memory, ratios=ratios,
+        peer="search", shape=f"{QUERIES} x {IMAGES} x {FEATURES}", threads=threads(),
+        bytes=memory, ratios=ratios,
         seconds={name: statistics.median(times) for name, times in seconds.items()},
     )  # fmt: skip
     with capsys.disabled():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import records, tables
+from benchmarks import agreement, records, tables
 from benchmarks.records import Record
 
 README = tables.ROOT / "README.md"
@@ -49,11 +49,26 @@ def _linked(path: Path) -> str:
 def _body(path: Path, record: Record) -> Iterator[str]:
     yield tables.signature(record) + "."
     yield _charts(path, ("speed-up", "ceiling", "memory"))
-    yield tables.table(record, "training")
-    trained = {key[:2] for key in tables.ops_of(record, "training")}
-    alone = sorted({k[0] for k in tables.ops_of(record, "forward") if k[:2] not in trained})
-    also = f"; `{'`, `'.join(alone)}` have no gradient" if alone else ""
-    yield f"Forward alone: `{_linked(path)}/tables.md`{also}."
+    yield tables.table(record, keys={key for key, _ in tables.chosen(record).values()})
+    count = len(tables.ops_of(record))
+    yield (
+        "Of each op the shape that takes longest, with its gradient where it has one; all "
+        f"{count} rows: `{_linked(path)}/tables.md`."
+    )
+    slower = tables.slower(record)
+    yield f"Rows in which another formulation is faster than ours: {len(slower)} of {count}."
+    if slower:
+        yield tables.table(record, keys=slower)
+    yield from _spread(path, record)
+
+
+def _spread(path: Path, record: Record) -> Iterator[str]:
+    """How far the record before it is from this one."""
+    earlier = records.before(path)
+    if earlier is not None:
+        found = agreement.summary(agreement.moves(earlier, record))
+        when = f"{earlier['date']} {earlier.get('time', '')}".strip()
+        yield f"Against the record before it ({when}, commit {earlier['commit']}): {found}."
 
 
 def _steps(path: Path, record: Record) -> Iterator[str]:

@@ -129,6 +129,18 @@ def latest(kind: str, folder: Path = RESULTS) -> tuple[Path, Record] | None:
     return max(found, key=_when) if found else None
 
 
+def before(path: Path) -> Record | None:
+    """The newest record that is older than this one, of the same machine and kind."""
+    of = read(path)
+    older = [
+        (other, record)
+        for other in path.parent.glob("*.json")
+        if (record := read(other))["kind"] == of["kind"]
+        and _when((other, record)) < _when((path, of))
+    ]
+    return max(older, key=_when)[1] if older else None
+
+
 def _when(item: tuple[Path, Record]) -> tuple[str, str, str]:
     path, record = item
     return record["date"], record.get("time", ""), path.name

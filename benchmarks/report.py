@@ -2,6 +2,7 @@
 
 python benchmarks/report.py                    the newest committed records
 python benchmarks/report.py results.json       a file of pytest --benchmark-json or make gpu
+python benchmarks/report.py B.json --against A.json   how far two runs are apart
 python benchmarks/report.py --keep FILE.json   put it among the committed records
 python benchmarks/report.py --readme           write the README's section and the charts
 """
@@ -20,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print tables, keep a record, or write the README's section."""
     if str(ROOT) not in sys.path:  # started as a file
         sys.path.insert(0, str(ROOT))
-    from benchmarks import readme, records, tables
+    from benchmarks import agreement, readme, records, tables
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("json", type=Path, nargs="?", help="a record; the committed ones else")
     parser.add_argument("--mode", choices=("forward", "training"), help="default: both")
-    parser.add_argument("--against", type=Path, help="an earlier file: which rows moved")
+    parser.add_argument("--against", type=Path, help="an earlier record: what moved since")
     parser.add_argument("--keep", action="store_true", help="put it among the committed records")
     parser.add_argument("--readme", action="store_true", help="write the README's section")
     arguments = parser.parse_args(argv)
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.against:
             both = map(records.read, (arguments.against, arguments.json))
-            print(tables.agreement(*both))
+            print(agreement.text(*both))
             return 0
         if arguments.keep:
             print(f"kept in {records.keep(arguments.json)}")

@@ -6,7 +6,7 @@ are printed like faster ones; what has no record says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,24 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def table(record: Record, mode: str | None = None) -> str:
-    """Ops: our time, the others as multiples of it, fraction of the ceiling, extra memory."""
+def table(record: Record, mode: str | None = None, keys: Container[Key] | None = None) -> str:
+    """Ops: our time, the others as multiples of it, fraction of the ceiling, extra memory.
+
+    Args:
+        record: of a run.
+        mode: one alone.
+        keys: these rows alone.
+    """
     gpu = record["kind"] == "gpu"
     others = OTHERS if gpu else OTHERS[:3]
     heads = ["op", "shape", *([] if mode else ["mode"]), *(["type"] if gpu else []), "room",
              "ms (quartiles)", *others, "third parties", "of ceiling", "MB, tidy"]  # fmt: skip
     heads += ["graph us", "launches"] if gpu else []
     rows = []
-    for (op, shape, kind, precision), peers in ops_of(record, mode).items():
+    for key, peers in ops_of(record, mode).items():
+        if keys is not None and key not in keys:
+            continue
+        op, shape, kind, precision = key
         room, ours = ours_of(peers) or ("", {})
         row = [f"`{op}`", shape, *([] if mode else [kind]), *([precision] if gpu else []), room]
         row += [milliseconds(ours), *(multiple(peers, name, ours) for name in others)]
@@ -86,6 +95,16 @@ def table(record: Record, mode: str | None = None) -> str:
             row += [graph, number(ours.get("launches"))]
         rows.append(row)
     return markdown(heads, rows)
+
+
+def slower(record: Record) -> list[Key]:
+    """Rows in which another formulation takes less time than ours."""
+    found = []
+    for key, peers in ops_of(record).items():
+        _, ours = ours_of(peers) or ("", {})
+        if any(row["seconds"][1] < ours["seconds"][1] for row in peers.values()):
+            found.append(key)
+    return found
 
 
 def number(value: int | None) -> str:
@@ -295,24 +314,3 @@ def everything(record: Record, mode: str | None = None) -> str:
     """All tables, for the terminal."""
     parts = [table(record, mode), steps_table(record), others_table(record), signature(record)]
     return "\n\n".join(part for part in parts if part)
-
-
-def agreement(first: Record, second: Record) -> str:
-    """Rows of two runs whose quartiles do not meet, and how many do."""
-    before, after = grouped(first), grouped(second)
-    rows, met = [], 0
-    for key in before.keys() & after.keys():
-        for peer in before[key].keys() & after[key].keys():
-            a, b = (found[key][peer]["seconds"] for found in (before, after))
-            if max(a[0], b[0]) <= min(a[2], b[2]):
-                met += 1
-            else:
-                change = f"{100 * (b[1] / a[1] - 1):+.0f} %"
-                names = [f"`{key[0]}`", *key[1:3], peer]
-                times = [milliseconds(found[key][peer]) for found in (before, after)]
-                rows.append([*names, *times, change])
-    text = f"{met} of {met + len(rows)} rows of both runs have quartiles that meet"
-    if not rows:
-        return text
-    heads = ["op", "shape", "mode", "by", "first, ms", "second, ms", "change"]
-    return f"{markdown(heads, sorted(rows))}\n\n{text}"

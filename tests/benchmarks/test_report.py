@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import charts, readme, records, report, tables
+from benchmarks import agreement, charts, readme, records, report, tables
 from benchmarks.records import Record
 
 
@@ -84,24 +84,60 @@ class TestTables:
         assert "| 14.5 |" in text
 
     def test_what_is_no_op(self) -> None:
-        found = {"ratio_to_product": 1.4912, "seconds": {"ours": 0.5, "dense": 1234.5}}
+        found = {
+            "ratio_to_product": 1.4912,
+            "seconds": {"ours": 0.5, "dense": 1234.5},
+            "extra_bytes": {"ours": 2_500_000},
+            "faster_than": {},
+        }
         rows = [
             row("retrieval", 0.5, op="sysu_table", mode="", rounds=7, found=found),
             row("pack", 0.5, op="loader[mcja]", mode="", shape="", rounds=1, found={}),
         ]
         text = tables.others_table(record("cpu", *rows))
-        words = "ratio to product 1.49; seconds: ours 0.5, dense 1,234"
+        words = "ratio to product 1.49; seconds: ours 0.5, dense 1,234; extra MB: ours 2.5"
         assert f"| `sysu_table` | lba | retrieval | 500.00 (450.00-550.00) | {words} |" in text
         assert "| `loader` | mcja | pack | - | - |" in text
         assert "sysu_table" not in tables.table(record("cpu", *rows))
 
-    def test_two_runs(self) -> None:
-        first = record("cpu", OURS, EAGER)
-        second = record("cpu", row("cpu", 2.1e-3), row("eager", 2e-3), SLOW)
-        text = tables.agreement(first, second)
-        assert text.endswith("1 of 2 rows of both runs have quartiles that meet")
-        assert "| eager | 1.00 (0.90-1.10) | 2.00 (1.80-2.20) | +100 % |" in text
-        assert "|" not in tables.agreement(first, first)
+
+class TestAgreement:
+    """Two runs of one machine."""
+
+    FIRST = record("cpu", OURS, EAGER, SLOW, *STEPS)
+    # Ours and eager slowed down together: the multiple stays, whatever the machine did.
+    SECOND = record("cpu", row("cpu", 4e-3), row("eager", 2e-3), row("tidy", 6e-3), *STEPS)
+
+    def test_multiples_that_moved(self) -> None:
+        text = agreement.text(self.FIRST, self.SECOND)
+        assert "| tidy | 3.00x (2.45-3.67) | 1.50x (1.23-1.83) | 100 % |" in text
+        assert "eager" not in text
+        assert text.endswith("the quartile ranges of 3 meet")
+
+    def test_a_rise_counts_as_much_as_a_fall(self) -> None:
+        there, back = (
+            {m.peer: m.change for m in agreement.moves(*pair)}
+            for pair in ((self.FIRST, self.SECOND), (self.SECOND, self.FIRST))
+        )
+        assert there == pytest.approx(back)
+        assert there["tidy"] == pytest.approx(1.0)
+
+    def test_a_run_agrees_with_itself(self) -> None:
+        assert agreement.text(self.FIRST, self.FIRST) == (
+            "of 4 multiples of our time, half moved by less than 0 % and nine in ten by less than "
+            "0 %; the quartile ranges of 4 meet"
+        )
+
+    def test_nothing_in_common(self) -> None:
+        with pytest.raises(ValueError, match="no multiple"):
+            agreement.text(self.FIRST, record("cpu", OURS))
+
+    def test_the_readme_states_the_spread(self, tmp_path: Path) -> None:
+        save(tmp_path, {**self.FIRST, "date": "2030-01-01"})
+        assert "Against the record" not in readme.section(tmp_path)
+        save(tmp_path, self.SECOND)
+        text = readme.section(tmp_path)
+        assert "Against the record before it (2030-01-01, commit 0123abcd): of 4 multiples" in text
 
 
 FOUND = {
@@ -192,6 +228,17 @@ class TestSection:
         assert "+120 %" in cpu
         assert "| `gem_pool` | not measured | not measured |" in gpu
         assert gpu.rstrip().endswith(tables.END)
+
+    def test_no_slower_row_is_hidden(self, tmp_path: Path) -> None:
+        """An op shows its longest shape, and whatever is slower than another formulation."""
+        short = {"shape": "short", "mode": "forward"}
+        rows = [OURS, row("eager", 3e-3), row("cpu", 1e-3, **short), row("tidy", 9e-4, **short)]
+        save(tmp_path, record("cpu", *rows, row("cpu", 1e-3, shape="quick")))
+        cpu, _ = readme.section(tmp_path).split("### GPU")
+        assert cpu.count("| `gem_pool` | lba | training |") == 1
+        assert "faster than ours: 1 of 3." in cpu
+        assert "| `gem_pool` | short | forward | cpu | 1.00 (0.90-1.10) | - | 0.9x |" in cpu
+        assert "quick" not in cpu
 
     def test_a_gpu_record(self, tmp_path: Path) -> None:
         save(tmp_path, record("cpu", OURS))
