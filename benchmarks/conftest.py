@@ -21,7 +21,7 @@ from benchmarks.ceilings import ceilings, floor_seconds
 from benchmarks.clock import rounds_for
 from benchmarks.device import device_times
 from benchmarks.machine import machine
-from benchmarks.memory import extra_memory
+from benchmarks.memory import extra_memory, keep_memory
 from benchmarks.workload import (
     COMPILED,
     DEVICE,
@@ -44,6 +44,12 @@ __all__ = ["DEVICE", "GPU", "MODES", "Workload", "peers", "relative_error", "roo
 
 PRECISIONS = ("float32", "bfloat16") if GPU else ("float32",)
 LONGEST_PROFILED = 0.7  # seconds; memory of slower steps is not measured
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Memory that stays, on a CPU."""
+    if not GPU:
+        keep_memory()
 
 
 @pytest.fixture(params=PRECISIONS)

@@ -15,7 +15,6 @@ On a CPU one thread is measured, by the seconds that it computed: neighbours har
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import sys
@@ -31,6 +30,7 @@ import torch
 import fastreid_vi
 from benchmarks import catalogue
 from benchmarks.machine import ROOT, commit, cpu_model, slug, vectors
+from benchmarks.memory import keep_memory
 from benchmarks.paired import SECONDS, paired
 from benchmarks.slowed import slowed
 from benchmarks.workload import (
@@ -162,17 +162,6 @@ def pairs(only: Sequence[str] = ()) -> Iterator[Pair]:
             yield Pair(f"{name} backward", op, *steps)
     if missing := (set(only) or set(GATED)) - seen:
         raise LookupError(f"gated rows that no benchmark has: {sorted(missing)}")
-
-
-def keep_memory() -> None:
-    """Large tensors out of memory that was used before, where the C library is glibc.
-
-    Else some processes get fresh pages for each of them and others do not: ratios of two kinds.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
 @contextmanager

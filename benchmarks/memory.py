@@ -1,7 +1,8 @@
-"""Extra memory of a step: the most bytes that tensors made by it hold at once."""
+"""Memory of a step: the most bytes that its tensors hold at once, and where they come from."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def keep_memory() -> None:
+    """Large tensors out of memory that this process used before, where the C library is glibc.
+
+    Else some steps get fresh pages for each of them and others do not, by what the process did
+    earlier: times of two kinds, three apart.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
 def extra_memory(step: Callable[[], Any]) -> int:

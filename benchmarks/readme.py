@@ -19,7 +19,8 @@ that. Above 1x ours is faster; slower rows are shown like faster ones. No row is
 results and gradients equal the float64 reference. `training` is forward and backward. `of ceiling`:
 the time of the bytes and products that a row cannot do without, at the rates measured in the same
 run, over its time (rows that stay in a CPU's cache may exceed 1). `MB, tidy`: memory that a step
-holds beyond its arguments, ours and tidy eager.
+holds beyond its arguments, ours and tidy eager. On a CPU large tensors come from memory that the
+process used before: else the first touch of new pages decides most of these times.
 
 ```sh
 make bench         # this machine: pytest benchmarks --benchmark-only, then this report
@@ -94,9 +95,12 @@ def _cpu(newest: tuple[Path, Record] | None) -> Iterator[str]:
         return
     yield from _body(*newest)
     yield from _steps(*newest)
-    others = tables.others_table(newest[1])
+    others = tables.others_table(newest[1], without=("waiting",))
     if others:
-        yield "What is no op: the evaluation protocol at the real size of SYSU-MM01, and the rest."
+        yield (
+            "What is no op: evaluation at the real size of SYSU-MM01, re-ranking, search, loading. "
+            f"Waiting for data in a training step: `{_linked(newest[0])}/tables.md`."
+        )
         yield others
 
 

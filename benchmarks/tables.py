@@ -37,7 +37,10 @@ def milliseconds(row: Row) -> str:
 
 def multiple(peers: Peers, name: str, ours: Row) -> str:
     """Of our time."""
-    return f"{peers[name]['seconds'][1] / ours['seconds'][1]:.1f}x" if name in peers else "-"
+    if name not in peers:
+        return "-"
+    times = peers[name]["seconds"][1] / ours["seconds"][1]
+    return f"{times:,.0f}x" if times >= 100 else f"{times:.1f}x"
 
 
 def third_parties(peers: Peers, ours: Row) -> str:
@@ -146,13 +149,13 @@ def overhead(peers: Peers, form: str) -> str:
     return f"{100 * share:+.0f} %"
 
 
-def others_table(record: Record) -> str:
+def others_table(record: Record, without: Container[str] = ()) -> str:
     """What is no op: the evaluator, re-ranking, search, loading, each in its own words."""
     rows = []
     for (op, shape, _, _), peers in grouped(record).items():
+        what = op.split("[")[0]
         for name, row in sorted(peers.items()):
-            if "found" in row:
-                what = op.split("[")[0]
+            if "found" in row and what not in without:
                 size = shape or op.removeprefix(what).strip("[]")
                 time = milliseconds(row) if row.get("rounds", 1) > 1 else "-"
                 rows.append([f"`{what}`", size, name, time, in_words(row["found"])])
@@ -165,7 +168,9 @@ def in_words(found: dict[str, Any]) -> str:
     parts = []
     for name, value in found.items():
         label, unit = name.replace("_", " "), 1.0
-        if "bytes" in label:
+        if label.endswith("megabytes"):
+            label = label.replace("megabytes", "MB")
+        elif label.endswith("bytes"):
             label, unit = label.replace("bytes", "MB"), 1e6
         if isinstance(value, dict):
             pairs = ", ".join(f"{k} {figure(v / unit)}" for k, v in value.items())
@@ -295,7 +300,8 @@ def files_of(path: Path, record: Record) -> dict[Path, str]:
     """Charts and the table of forward passes beside a record."""
     found = {path.parent / f"{name}.svg": draw(record) for name, draw in CHARTS.items()}
     heading = f"# {record['machine'].get('device', '?')}\n\n{signature(record)}\n\n"
-    found[path.parent / "tables.md"] = heading + table(record) + "\n"
+    parts = (table(record), steps_table(record), others_table(record))
+    found[path.parent / "tables.md"] = heading + "\n\n".join(filter(None, parts)) + "\n"
     return found
 
 
