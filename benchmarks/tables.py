@@ -138,7 +138,7 @@ def steps_table(record: Record) -> str:
         for what in ("dispatched", "waits", "launches"):
             row.append(", ".join(number(form.get(what)) for form in forms))
         rows.append(row)
-    return markdown(heads, rows)
+    return markdown(heads, rows) if rows else ""
 
 
 def overhead(peers: Peers, form: str) -> str:
@@ -312,8 +312,7 @@ def gpu_summary(found: dict[str, Any]) -> str:
     rows = [row for row in record["rows"] if (row["op"], row["shape"], row["mode"],
                                               row["precision"]) in kept]  # fmt: skip
     parts = [table({**record, "rows": rows})] if rows else []
-    parts += [steps_table(record)] if steps(record) else []
-    return "\n\n".join([*parts, signature(record)])
+    return "\n\n".join(filter(None, [*parts, steps_table(record), signature(record)]))
 
 
 def everything(record: Record, mode: str | None = None) -> str:
