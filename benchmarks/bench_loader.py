@@ -110,15 +110,20 @@ def bench_loader(
     }
     found: dict[str, list[Rate]] = {name: [] for name in ways}
 
-    def turn() -> None:
-        for name, batches in ways.items():
-            found[name].append(rate(batches()))
+    def turn(*names: str) -> None:
+        for name in names:
+            found[name].append(rate(ways[name]()))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         benchmark.group = "images from a pack, from files, by a DataLoader"
-        benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=1)
+        benchmark.pedantic(
+            lambda: turn("pack"),
+            setup=lambda: turn("files", "dataloader"),
+            rounds=ROUNDS,
+            warmup_rounds=1,
+        )
     finally:
         torch.set_num_threads(threads)
     report(benchmark, f"{method} {config.height}x{config.width}", found, packed, capsys)
@@ -142,7 +147,8 @@ def report(
         peer="pack",
         shape=shape,
         threads=1,
-        images_per_second={name: rates._asdict() for name, rates in middle.items()},
+        per_processor_second={name: rates.processor for name, rates in middle.items()},
+        per_second={name: rates.clock for name, rates in middle.items()},
         ratio_to_files=ratio,
         rounds=found,
         packing_images_per_second=packed.images / packed.seconds,

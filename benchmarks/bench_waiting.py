@@ -82,12 +82,13 @@ def bench_waiting(
 
     fed, ready = [], []
 
-    def turn() -> None:
-        ready.append(seconds(itertools.repeat(work.batch)))
-        fed.append(seconds(batches))
-
     benchmark.group = f"waiting for data {work.shape}"
-    benchmark.pedantic(turn, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(
+        lambda: fed.append(seconds(batches)),
+        setup=lambda: ready.append(seconds(itertools.repeat(work.batch))),
+        rounds=ROUNDS,
+        warmup_rounds=1,
+    )
     share = statistics.median(
         [1 - a / b for a, b in zip(ready[1:] or ready, fed[1:] or fed, strict=True)]
     )

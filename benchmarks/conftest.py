@@ -10,7 +10,7 @@ of time, so that quick steps are repeated often and slow ones two or three times
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from benchmarks.ceilings import ceilings, floor_seconds
 from benchmarks.clock import rounds_for
 from benchmarks.device import device_times
 from benchmarks.machine import machine
-from benchmarks.memory import extra_memory, keep_memory
+from benchmarks.memory import extra_memory, kept_memory
 from benchmarks.workload import (
     COMPILED,
     DEVICE,
@@ -46,14 +46,8 @@ PRECISIONS = ("float32", "bfloat16") if GPU else ("float32",)
 LONGEST_PROFILED = 0.7  # seconds; memory of slower steps is not measured
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Memory that stays, on a CPU."""
-    if not GPU:
-        keep_memory()
-
-
 @pytest.fixture(params=PRECISIONS)
-def run(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def run(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """`run(workload, peer, mode, shape)`: check, warm up, time, record."""
     precision: str = request.param
 
@@ -71,7 +65,8 @@ def run(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
                 return
             measured(benchmark, step, work, peer, mode, precision)
 
-    return timed
+    with kept_memory():
+        yield timed
 
 
 _remembered: dict[tuple[Any, ...], Truth] = {}

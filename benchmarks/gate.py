@@ -30,7 +30,7 @@ import torch
 import fastreid_vi
 from benchmarks import catalogue
 from benchmarks.machine import ROOT, commit, cpu_model, slug, vectors
-from benchmarks.memory import keep_memory
+from benchmarks.memory import kept_memory
 from benchmarks.paired import SECONDS, paired
 from benchmarks.slowed import slowed
 from benchmarks.workload import (
@@ -170,9 +170,9 @@ def quiet_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-        keep_memory()
     try:
-        yield
+        with kept_memory():
+            yield
     finally:
         torch.set_num_threads(before)
 

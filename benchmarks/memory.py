@@ -11,17 +11,32 @@ from typing import Any
 
 import torch
 
+# Of glibc's malloc, by the numbers of its header.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}  # nothing from mmap, nothing given back
+# What its own adjustment ends at in a process that frees large blocks.
+USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 
-def keep_memory() -> None:
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
     """Large tensors out of memory that this process used before, where the C library is glibc.
 
-    Else some steps get fresh pages for each of them and others do not, by what the process did
-    earlier: times of two kinds, three apart.
+    Else some steps get new pages for each of them and others do not, by what the process did
+    earlier: times of two kinds, a factor of three apart.
     """
+    _tell_malloc(KEPT)
+    try:
+        yield
+    finally:
+        _tell_malloc(USUAL)
+
+
+def _tell_malloc(settings: dict[int, int]) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: nothing from mmap
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
+        for name, value in settings.items():
+            library.mallopt(name, value)
 
 
 def extra_memory(step: Callable[[], Any]) -> int:

@@ -19,8 +19,8 @@ that. Above 1x ours is faster; slower rows are shown like faster ones. No row is
 results and gradients equal the float64 reference. `training` is forward and backward. `of ceiling`:
 the time of the bytes and products that a row cannot do without, at the rates measured in the same
 run, over its time (rows that stay in a CPU's cache may exceed 1). `MB, tidy`: memory that a step
-holds beyond its arguments, ours and tidy eager. On a CPU large tensors come from memory that the
-process used before: else the first touch of new pages decides most of these times.
+holds beyond its arguments, ours and tidy eager. Large tensors of the ops' rows come from memory
+that the process used before: else the first touch of new pages would decide these times on a CPU.
 
 ```sh
 make bench         # this machine: pytest benchmarks --benchmark-only, then this report
