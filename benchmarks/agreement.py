@@ -7,25 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.records import Key, Record, Row, grouped
+from benchmarks.records import Key, Multiple, Record, grouped
 from benchmarks.tables import markdown, ours_of
-
-
-class Multiple(NamedTuple):
-    """Their time over ours: the least, the middle and the most that the quartiles allow."""
-
-    low: float
-    middle: float
-    high: float
-
-    @classmethod
-    def of(cls, theirs: Row, ours: Row) -> Multiple:
-        """From the quartiles of two rows of one run."""
-        (a, b, c), (x, y, z) = theirs["seconds"], ours["seconds"]
-        return cls(a / z, b / y, c / x)
-
-    def __str__(self) -> str:
-        return f"{self.middle:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
 class Move(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 
 # Of glibc's malloc, by the numbers of its header.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}  # nothing from mmap, nothing given back
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}  # nothing from mmap, nothing given back
 # What its own adjustment ends at in a process that frees large blocks.
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 

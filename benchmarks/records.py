@@ -2,7 +2,8 @@
 
     {"kind": "cpu", "date": ..., "commit": ..., "command": ..., "machine": {...}, "rows": [...]}
 
-A row: op, shape, mode, precision, peer, seconds [q1, median, q3], and where known fraction,
+A row: op, shape, mode, precision, peer, seconds [q1, median, q3], and where known multiple (of our
+time: quartiles over rounds in which the two took turns), fraction,
 extra_memory, images_per_second, dispatched, waits, launches, graph. No torch here.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 Key = tuple[str, str, str, str]  # op, shape, mode, precision
 COMMANDS = {"cpu": "make bench", "gpu": "make gpu"}
 KEPT = (
-    "op", "shape", "mode", "precision", "peer", "threads", "fraction", "floor", "error",
+    "op", "shape", "mode", "precision", "peer", "threads", "multiple", "fraction", "floor", "error",
     "extra_memory", "images_per_second", "dispatched", "waits", "launches",
 )  # fmt: skip
 
@@ -127,6 +128,25 @@ def latest(kind: str, folder: Path = RESULTS) -> tuple[Path, Record] | None:
         if record["kind"] == kind:
             found.append((path, record))
     return max(found, key=_when) if found else None
+
+
+class Multiple(NamedTuple):
+    """Their time over ours: quartiles, or the least and the most that two rows allow."""
+
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def of(cls, theirs: Row, ours: Row) -> Multiple:
+        """As measured in turns, or from the quartiles of two rows of one run."""
+        if "multiple" in theirs:
+            return cls(*theirs["multiple"])
+        (a, b, c), (x, y, z) = theirs["seconds"], ours["seconds"]
+        return cls(a / z, b / y, c / x)
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
 def before(path: Path) -> Record | None:

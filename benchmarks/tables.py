@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, records
-from benchmarks.records import Key, Record, Row, grouped
+from benchmarks.records import Key, Multiple, Record, Row, grouped
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("cuda", "triton", "cpu", "retrieval", "reference")  # ours: the first that was timed
@@ -39,7 +39,7 @@ def multiple(peers: Peers, name: str, ours: Row) -> str:
     """Of our time."""
     if name not in peers:
         return "-"
-    times = peers[name]["seconds"][1] / ours["seconds"][1]
+    times = Multiple.of(peers[name], ours).middle
     return f"{times:,.0f}x" if times >= 100 else f"{times:.1f}x"
 
 
@@ -105,7 +105,8 @@ def slower(record: Record) -> list[Key]:
     found = []
     for key, peers in ops_of(record).items():
         _, ours = ours_of(peers) or ("", {})
-        if any(row["seconds"][1] < ours["seconds"][1] for row in peers.values()):
+        others = (row for row in peers.values() if row is not ours)
+        if any(Multiple.of(row, ours).middle < 1 for row in others):
             found.append(key)
     return found
 
@@ -226,8 +227,8 @@ def speed_chart(record: Record) -> str:
         bars = []
         for name in OTHERS:
             if name in peers:
-                (a, b, c), (x, y, z) = peers[name]["seconds"], ours["seconds"]
-                bars.append(charts.Bar(NAMES[name], b / y, a / z, c / x))
+                low, middle, high = Multiple.of(peers[name], ours)
+                bars.append(charts.Bar(NAMES[name], middle, low, high))
         if bars:
             groups.append(charts.Group(f"{op} {key[2]}", bars))
     title = "times our time: right of 1 ours is faster (whiskers: quartiles)"
