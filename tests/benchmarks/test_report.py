@@ -67,6 +67,16 @@ class TestTables:
         assert cells["of ceiling"] == "0.25"
         assert cells["MB, tidy |"] == "2.0, 8.0 |"
 
+    def test_multiples_measured_in_turns(self) -> None:
+        """They stand, whatever the times of the two rows alone are."""
+        eager = {**EAGER, "multiple": [1.4, 1.5, 1.6]}
+        found = record("cpu", OURS, eager)
+        assert "| 1.5x |" in tables.table(found)
+        assert tables.slower(found) == []
+        assert "1.5x" in tables.speed_chart(found)
+        assert [str(m.first) for m in agreement.moves(found, found)] == ["1.50x (1.40-1.60)"]
+        assert len(tables.slower(record("cpu", OURS, EAGER))) == 1
+
     def test_a_gpu_has_more_columns(self) -> None:
         ours = row("triton", 2e-4, precision="bfloat16", graph=[1e-4] * 3, launches=2)
         text = tables.table(record("gpu", ours, row("autotuned", 3e-4, precision="bfloat16")))
@@ -148,7 +158,8 @@ FOUND = {
         {"name": "bench_gem_pool[x]", "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0,
                                                 "rounds": 5, "data": [1.0]},
          "extra_info": {"op": "gem_pool", "peer": "cpu", "shape": "s", "mode": "training",
-                        "precision": "float32", "error": 1.23456e-7}},
+                        "precision": "float32", "error": 1.23456e-7,
+                        "multiple": [1.23456, 2.0, 3.0]}},
         {"name": "bench_else", "stats": {}, "extra_info": {}},
         {"name": "bench_loader[mcja]", "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0, "rounds": 5},
          "extra_info": {"peer": "pack", "ratio": 8.0, "rounds": {"a": [1.0]}, "note": "x",
@@ -167,6 +178,7 @@ class TestRecords:
         assert loader["found"] == {"ratio": 8.0, "rates": {"pack": 900.0}}
         assert only["seconds"] == [1.0, 2.0, 3.0]
         assert only["error"] == 1.235e-7
+        assert only["multiple"] == [1.235, 2.0, 3.0]
         assert found["commit"] == "0123abcd"
         kept = records.keep(path, tmp_path / "results")
         assert kept == tmp_path / "results" / "m" / "2030-01-02-0123abcd.json"
