@@ -13,15 +13,16 @@ README = tables.ROOT / "README.md"
 HEAD = """## Benchmarks
 
 Written by `python benchmarks/report.py --readme` from the records in `benchmarks/results`; a test
-holds this section to them. Other columns are multiples of our time, on a CPU with ours before each
-of their rounds: the published formulation (loops and broadcasts, written from the papers), tidy
-eager PyTorch, `torch.compile` of that. Above 1x ours is faster; slower rows are shown like faster
-ones. No row is timed before its results and gradients equal the float64 reference. `training` is
-forward and backward. `of ceiling`: the time of the bytes and products that a row cannot do without,
-at the rates measured in the same run, over its time (rows that stay in a CPU's cache may exceed 1).
-`MB, tidy`: memory that a step holds beyond its arguments, ours and tidy eager. Large tensors of the
-ops' rows come from memory that the process used before: else the first touch of new pages would
-decide these times on a CPU.
+holds this section to them. `ms` is our step alone, over and over. Other columns are multiples of
+our time, on a CPU of a call of ours before each of their rounds, when the caches hold what theirs
+left: the published formulation (loops and broadcasts, written from the papers), tidy eager PyTorch,
+`torch.compile` of that. Above 1x ours is faster; slower rows are shown like faster ones. No row is
+timed before its results and gradients equal the float64 reference. `training` is forward and
+backward. `of ceiling`: the time of the bytes and products that a row cannot do without, at the
+rates measured in the same run, over its time (rows that stay in a CPU's cache may exceed 1). `MB,
+tidy`: memory that a step holds beyond its arguments, ours and tidy eager. Large tensors of the ops'
+rows come from memory that the process used before: else the first touch of new pages would decide
+these times on a CPU.
 
 ```sh
 make bench         # this machine: pytest benchmarks --benchmark-only, then this report
