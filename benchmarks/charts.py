@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-COLOURS = ("#1b6ca8", "#e07b39", "#6a994e", "#9d4edd", "#8a8a8a")
+COLOURS = ("#1b6ca8", "#e07b39", "#6a994e", "#9d4edd", "#8a8a8a", "#c9a227")
 BAR, GAP, GROUP_GAP = 9, 2, 9
 LEFT, PLOT, RIGHT, TOP, BOTTOM = 250, 420, 90, 64, 34
 
@@ -112,11 +112,25 @@ def _bar(bar: Bar, axis: Axis, y: float, colour: str, unit: str) -> list[str]:
 
 
 def chart(
-    title: str, groups: Sequence[Group], axis: Axis, *, unit: str = "", note: str = ""
+    title: str,
+    groups: Sequence[Group],
+    axis: Axis,
+    *,
+    unit: str = "",
+    note: str = "",
+    series: Sequence[str] = (),
 ) -> str:
-    """Horizontal bars, grouped; the legend in the order of the first appearance."""
+    """Horizontal bars, grouped; the legend in the order of the first appearance.
+
+    Args:
+        title, groups, axis: what is drawn.
+        unit, note: behind every number; below the chart.
+        series: names whose colours are the same in every chart that is given them.
+    """
     names = list(dict.fromkeys(bar.series for group in groups for bar in group.bars))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    colours = {
+        name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys([*series, *names]))
+    }
     body: list[str] = []
     y = float(TOP)
     for group in groups:

@@ -233,11 +233,12 @@ def speed_chart(record: Record) -> str:
             groups.append(charts.Group(f"{op} {key[2]}", bars))
     title = "times our time: right of 1 ours is faster (whiskers: quartiles)"
     axis = charts.axis_for(title, groups, log=True, mark=1.0)
-    return charts.chart("Speed-up", groups, axis, unit="x", note=plain(record))
+    return charts.chart("Speed-up", groups, axis, unit="x", note=plain(record), series=SERIES)
 
 
 NAMES = {"eager": "published formulation", "tidy": "tidy eager PyTorch",
          "compiled": "torch.compile", "autotuned": "torch.compile, max-autotune"}  # fmt: skip
+SERIES = ("ours", *NAMES.values(), "our ops in plain PyTorch")
 
 
 def ceiling_chart(record: Record) -> str:
@@ -253,7 +254,7 @@ def ceiling_chart(record: Record) -> str:
     groups = [group for group in groups if group.bars]
     title = "time of the necessary bytes and products at the measured rates, over the time taken"
     axis = charts.axis_for(title, groups, log=False, mark=1.0)
-    return charts.chart("Fraction of the ceiling", groups, axis, note=plain(record))
+    return charts.chart("Fraction of the ceiling", groups, axis, note=plain(record), series=SERIES)
 
 
 def memory_chart(record: Record) -> str:
@@ -268,7 +269,7 @@ def memory_chart(record: Record) -> str:
         if bars:
             groups.append(charts.Group(f"{op} {key[2]}", bars))
     axis = charts.axis_for("MB held at once by a step, results included", groups, log=True)
-    return charts.chart("Extra memory", groups, axis, note=plain(record))
+    return charts.chart("Extra memory", groups, axis, note=plain(record), series=SERIES)
 
 
 def steps_chart(record: Record) -> str:
@@ -286,7 +287,7 @@ def steps_chart(record: Record) -> str:
         groups.append(charts.Group(shape, bars))
     title = "times a step of the bare backbone on the same images (whiskers: quartiles)"
     axis = charts.axis_for(title, groups, log=False, mark=1.0)
-    return charts.chart("Training steps", groups, axis, unit="x", note=plain(record))
+    return charts.chart("Training steps", groups, axis, unit="x", note=plain(record), series=SERIES)
 
 
 def plain(record: Record) -> str:

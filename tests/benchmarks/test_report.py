@@ -300,6 +300,12 @@ class TestCharts:
         assert axis.place(0.5) < axis.place(1.0)
         assert axis.low <= 0.5
 
+    def test_a_series_has_one_colour_in_all_charts(self) -> None:
+        published = 'fill="#e07b39"'
+        for draw in (tables.speed_chart, tables.steps_chart, tables.memory_chart):
+            legend = draw(self.FOUND).split(">published formulation<")[0].splitlines()
+            assert published in legend[-2]
+
     def test_nothing_to_draw(self) -> None:
         for draw in tables.CHARTS.values():
             ElementTree.fromstring(draw(record("cpu")))
