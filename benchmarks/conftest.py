@@ -18,7 +18,7 @@ import torch
 
 import fastreid_vi
 from benchmarks.ceilings import ceilings, floor_seconds
-from benchmarks.clock import host_seconds, quartiles, rounds_for
+from benchmarks.clock import TINY, host_seconds, quartiles, rounds_for
 from benchmarks.device import device_times
 from benchmarks.machine import machine
 from benchmarks.memory import extra_memory, kept_memory
@@ -44,6 +44,12 @@ __all__ = ["DEVICE", "GPU", "MODES", "Workload", "peers", "relative_error", "roo
 
 PRECISIONS = ("float32", "bfloat16") if GPU else ("float32",)
 LONGEST_PROFILED = 0.7  # seconds; memory of slower steps is not measured
+
+
+@pytest.fixture
+def rehearsal(benchmark: Any) -> bool:
+    """One round, or one of nothing: it says nothing about time."""
+    return TINY or bool(benchmark.disabled)
 
 
 @pytest.fixture(params=PRECISIONS)

@@ -49,7 +49,9 @@ def condensed(found: Record) -> Record:
         if "op" not in row:  # not on the shared fixture: it says what it found in its own words
             row["op"] = entry["name"].removeprefix("bench_")
             row["found"] = {k: v for k, v in info.items() if k not in row and plain(v)}
-        seconds = info.get("device", {}).get("cold") or [stats["q1"], stats["median"], stats["q3"]]
+        device = info.get("device")
+        cold = device.get("cold") if isinstance(device, dict) else None
+        seconds = cold or [stats["q1"], stats["median"], stats["q3"]]
         rows.append({**row, "seconds": seconds, "rounds": stats["rounds"]})
     names = (
         "class", "device", "vectors", "threads", "cores", "python_version", "torch", "fastreid_vi",

@@ -163,7 +163,7 @@ FOUND = {
         {"name": "bench_else", "stats": {}, "extra_info": {}},
         {"name": "bench_loader[mcja]", "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0, "rounds": 5},
          "extra_info": {"peer": "pack", "ratio": 8.0, "rounds": {"a": [1.0]}, "note": "x",
-                        "rates": {"pack": 900.0}}},
+                        "device": "cpu", "rates": {"pack": 900.0}}},
     ],
 }  # fmt: skip
 
