@@ -61,9 +61,11 @@ def run(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
         work = lowered(work) if precision == "bfloat16" else work
         benchmark.group = f"{work.op} {mode} {shape}" + (f" {precision}" if GPU else "")
         truth = remembered((work.op, shape, precision), work)
-        room = rooms_of(work.op)[0]
-        with prepared(work, room, mode, truth) as (ours, _):
-            ours()
+        room, turn = rooms_of(work.op)[0], None
+        if not (GPU or benchmark.disabled or peer == room):
+            with prepared(work, room, mode, truth) as (ours, _):
+                ours()
+            turn = Turn(ours, room)
         with prepared(work, peer, mode, truth) as (step, error):
             benchmark.extra_info.update(
                 op=work.op, peer=peer, mode=mode, shape=shape, precision=precision, error=error,
@@ -72,7 +74,6 @@ def run(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
             if benchmark.disabled:
                 benchmark.pedantic(step)
                 return
-            turn = None if peer == room else Turn(ours, room)
             measured(benchmark, step, work, peer, mode, precision, turn)
 
     with kept_memory():
